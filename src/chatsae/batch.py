@@ -1,0 +1,134 @@
+"""The records that flow through the pipeline: data only, no I/O.
+
+Shape legend, used in every signature of the package:
+    B sequences · T tokens of the longest sequence · N tokens, flattened · L layers · D d_in · F d_sae
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a dialogue; `role` is system, user, assistant or tool."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """A chat, in order of its turns."""
+
+    id: str
+    source: str
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Plain text, as pretraining corpora have it."""
+
+    id: str
+    source: str
+    text: str
+
+
+class Role(IntEnum):
+    """Whose turn a token belongs to; DEFAULT_SYSTEM is the system prompt that the template adds by itself."""
+
+    NONE = 0
+    SYSTEM = 1
+    DEFAULT_SYSTEM = 2
+    USER = 3
+    ASSISTANT = 4
+    TOOL = 5
+
+
+class Kind(IntEnum):
+    """What a token is: CONTROL, ROLE_NAME, TEMPLATE_TEXT and END_OF_TURN are written by the chat template."""
+
+    CONTENT = 0
+    FIRST = 1
+    CONTROL = 2
+    ROLE_NAME = 3
+    TEMPLATE_TEXT = 4
+    END_OF_TURN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """Ragged sequences, flattened. A whole dialogue (fast) or a block (bt-f, bt-p) is one sequence.
+
+    `special` marks the tokens of the paper's MSE_st by template position: control tokens, end-of-turn tokens and the
+    role names of user and assistant, where the template wrote them (a beginning-of-text token is not one of them).
+    `prefix` marks tokens of the prefix that is the same in every dialogue of the template.
+    """
+
+    names: tuple[str, ...]
+    input_ids: Int[Tensor, " N"]
+    cu_seqlens: Int[Tensor, " B1"]
+    position: Int[Tensor, " N"]
+    role: UInt8[Tensor, " N"]
+    kind: UInt8[Tensor, " N"]
+    special: Bool[Tensor, " N"]
+    prefix: Bool[Tensor, " N"]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def lengths(self) -> Int[Tensor, " B"]:
+        return self.cu_seqlens.diff()
+
+    @property
+    def sequence(self) -> Int[Tensor, " N"]:
+        """Index of the sequence each token belongs to."""
+        return torch.repeat_interleave(torch.arange(len(self)), self.lengths.long())
+
+    def select(self, sequences: Sequence[int]) -> "TokenBatch":
+        """The given sequences, in the given order."""
+        bounds = self.cu_seqlens.tolist()
+        rows = [torch.arange(bounds[i], bounds[i + 1]) for i in sequences]
+        index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
+        per_token = {f: getattr(self, f)[index] for f in _PER_TOKEN}
+        return TokenBatch(
+            names=tuple(self.names[i] for i in sequences),
+            cu_seqlens=_offsets([bounds[i + 1] - bounds[i] for i in sequences]),
+            **per_token,
+        )
+
+    @staticmethod
+    def concat(batches: Sequence["TokenBatch"]) -> "TokenBatch":
+        """One batch with all sequences, in order."""
+        per_token = {f: torch.cat([getattr(b, f) for b in batches]) for f in _PER_TOKEN}
+        return TokenBatch(
+            names=tuple(name for b in batches for name in b.names),
+            cu_seqlens=_offsets([n for b in batches for n in b.lengths.tolist()]),
+            **per_token,
+        )
+
+    def padded(self, pad_id: int = 0) -> Int[Tensor, "B T"]:
+        """Right-padded token ids, for back ends that want a rectangle."""
+        rows = torch.split(self.input_ids, self.lengths.tolist())
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+
+
+_PER_TOKEN = tuple(f.name for f in fields(TokenBatch) if f.name not in ("names", "cu_seqlens"))
+
+
+def _offsets(lengths: Sequence[int]) -> Int[Tensor, " B1"]:
+    return torch.tensor([0, *lengths], dtype=torch.int64).cumsum(0).to(torch.int32)
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationBatch:
+    """The residual stream after each tapped layer, for every token of a batch."""
+
+    acts: Float[Tensor, "L N D"]
+    tokens: TokenBatch
