@@ -1,0 +1,63 @@
+# Every target sets itself up: a virtual environment in .venv, installed once and again when its inputs change.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check fix bench docs tiny-chat results parity clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.run ## train FAST, BT(F) and BT(P) SAEs on the bundled chat model and compare them
+	$(BIN)/chatsae demo
+
+test: $(VENV)/.dev ## run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev ## lint, format, types, generated docs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+	$(BIN)/python tools/cli_docs.py --check
+
+fix: $(VENV)/.dev ## mend what can be mended by itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.run ## measure this machine: tokens per second of the SAE step, the harvest and the buffer
+	$(BIN)/python bench/pipeline.py
+
+docs: $(VENV)/.dev ## regenerate docs/cli.md from --help
+	$(BIN)/python tools/cli_docs.py
+
+tiny-chat: $(VENV)/.run ## rebuild the bundled chat model from nothing (under two hours on two cores)
+	$(BIN)/python tools/tiny_chat.py
+
+results: $(VENV)/.run ## rebuild docs/results.md: three methods, three seeds, a million tokens each
+	$(BIN)/python tools/results.py
+
+parity: .venv-parity/.done ## compare step for step with the installed sae_lens
+	PYTHONPATH=src .venv-parity/bin/python -m pytest tests/parity -p no:cacheprovider
+
+clean: ## remove the virtual environments
+	rm -rf $(VENV) .venv-parity
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $(PYTHON) is older than Python 3.11; run make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv-parity/.done: tests/parity/requirements.txt
+	$(PYTHON) -m venv .venv-parity
+	.venv-parity/bin/python -m pip install --quiet --requirement tests/parity/requirements.txt
+	@touch $@

@@ -1,0 +1,170 @@
+"""The verbs. Each imports what it needs inside, so that `chatsae --help` answers at once."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Union
+
+import tyro
+
+from chatsae import console
+from chatsae.config import Method, RunConfig
+from chatsae.errors import UserError
+from chatsae.recipe import load_recipe
+
+_Flat = Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+@dataclass
+class Demo:
+    """Train FAST, BT(F) and BT(P) SAEs on the bundled chat model and compare them (a few minutes on two cores)."""
+
+    out: Path = Path("runs/demo")
+    """Directory of the three runs and of compare.json."""
+    recipe: Path | None = None
+    """Another recipe than the demo's; its method is ignored, all three are trained."""
+
+    def __call__(self) -> None:
+        from chatsae.demo.walkthrough import demo
+
+        demo(self.out, self.recipe)
+
+
+@dataclass
+class Train:
+    """Train the grid of a recipe from one pass of the language model; an interrupted run goes on where it stopped."""
+
+    recipe: tyro.conf.Positional[Path]
+    """YAML file; every field below can be set in it and overridden by a flag."""
+    out: Path | None = None
+    """Run directory; by default runs/NAME-METHOD, NAME being the recipe's file name."""
+    config: _Flat = field(default_factory=RunConfig)
+
+    def __call__(self) -> None:
+        from chatsae.training.session import train_run
+
+        out = self.out or Path("runs") / f"{self.recipe.stem}-{self.config.data.method}"
+        summary = train_run(self.config, out)
+        if summary.ending == "interrupted":
+            raise KeyboardInterrupt
+        console.say(f"next: chatsae eval {out}")
+
+
+@dataclass
+class Eval:
+    """Evaluate the SAEs of a run on held-out dialogues, each fed whole; writes report.json."""
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    dialogues: int | None = None
+    """Held-out dialogues; by default eval.dialogues of the run."""
+    json: bool = False
+    """Print JSON on stdout in place of the table."""
+
+    def __call__(self) -> None:
+        from chatsae.evals.session import evaluate_run
+
+        report = evaluate_run(self.run, dialogues=self.dialogues)
+        console.result({"facts": report.facts, "saes": report.rows} if self.json else report.table())
+
+
+@dataclass
+class Compare:
+    """Set evaluated runs side by side, the best value of each group marked."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories."""
+    out: Path | None = None
+    """Also write the rows to this JSON file."""
+    json: bool = False
+    """Print JSON on stdout in place of the table."""
+
+    def __call__(self) -> None:
+        from chatsae.evals.report import compare
+        from chatsae.runs import Run
+
+        if not self.runs:
+            raise UserError("compare needs at least one run directory")
+        comparison = compare([Run.read(path) for path in self.runs])
+        if self.out is not None:
+            comparison.save(self.out)
+        console.result({"facts": comparison.facts, "rows": comparison.rows} if self.json else comparison.table())
+
+
+@dataclass
+class Plan:
+    """What recipes would train: passes, SAE names, memory, FLOPs. Loads no weights."""
+
+    recipes: tyro.conf.Positional[tuple[Path, ...]]
+    """YAML files, or run directories."""
+    methods: tuple[Method, ...] = ("fast", "bt-f", "bt-p")
+    """One pass is planned per recipe and method."""
+    json: bool = False
+    """Print JSON on stdout in place of the table."""
+
+    def __call__(self) -> None:
+        from chatsae.training.plan import plan_recipes, plan_table
+
+        if not self.recipes:
+            raise UserError("plan needs at least one recipe")
+        passes = plan_recipes(self.recipes, self.methods)
+        console.result([p.facts() for p in passes] if self.json else plan_table(passes))
+
+
+@dataclass
+class Show:
+    """Say what a directory holds: a run, a demo, or an SAE of ours or of sae_lens."""
+
+    path: tyro.conf.Positional[Path]
+    """Run directory, demo directory or SAE directory."""
+    json: bool = False
+    """Print JSON on stdout in place of text."""
+
+    def __call__(self) -> None:
+        from chatsae.evals.show import describe, show_text
+
+        facts = describe(self.path)
+        console.result(facts if self.json else show_text(facts))
+
+
+_VERBS = {"demo": Demo, "train": Train, "eval": Eval, "compare": Compare, "plan": Plan, "show": Show}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv in (["--version"], ["-V"]):
+        from importlib.metadata import version
+
+        console.result(version("chatsae"))
+        return 0
+    try:
+        _parse(argv or ["--help"])()
+    except UserError as error:
+        console.fail(str(error))
+        return 2
+    except KeyboardInterrupt:
+        console.say("interrupted; the same command goes on where it stopped")
+        return 130
+    return 0
+
+
+def _parse(argv: list[str]) -> Callable[[], None]:
+    verbs = {name: tyro.conf.subcommand(name, prefix_name=False) for name in _VERBS}
+    recipe = argv[1] if argv[0] == "train" and len(argv) > 1 and not argv[1].startswith("-") else None
+    if recipe is not None:  # the recipe's values become the defaults of the flags
+        verbs["train"] = tyro.conf.subcommand(
+            "train", prefix_name=False, default=Train(recipe=Path(recipe), config=load_recipe(recipe))
+        )
+        argv = [argv[0], *argv[2:]]
+    return tyro.cli(
+        Union[tuple(Annotated[_VERBS[name], verbs[name]] for name in _VERBS)],  # noqa: UP007
+        prog="chatsae",
+        description="Train, judge and steer sparse autoencoders on instruct language models, dialogue by dialogue.",
+        args=argv,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Evaluate SAEs on held-out dialogues, each fed whole and alone."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from chatsae import console
+from chatsae.batch import Dialogue, Role, TokenBatch
+from chatsae.data.render import render
+from chatsae.data.template import template_facts
+from chatsae.errors import UserError
+from chatsae.evals.loss import DeltaLoss, token_losses
+from chatsae.evals.reconstruction import Reconstruction
+from chatsae.evals.report import Report
+from chatsae.lm.harvest import plan
+from chatsae.lm.load import LanguageModel
+from chatsae.lm.tap import splice
+from chatsae.sae.base import SAE
+
+_LOGITS = 2**27  # logits of one forward: half a gigabyte in float32
+
+
+@torch.inference_mode()
+def evaluate(
+    saes: Mapping[str, SAE],
+    lm: LanguageModel,
+    dialogues: Iterable[Dialogue],
+    *,
+    limit: int | None = None,
+    max_length: int = 8192,
+    token_budget: int = 4096,
+    tally: Counter[str] | None = None,
+) -> Report:
+    """MSE and MSE_st (eq. 7), explained variance, l0, dead fraction and Delta Loss of every SAE.
+
+    The model runs whole: once as it is, and once more per SAE with its reconstruction in place of the residual stream.
+
+    Raises:
+        UserError: no dialogue is left to evaluate on.
+    """
+    full = lm.with_head()
+    special = torch.tensor(template_facts(lm.tokenizer).special_ids)
+    layers = sorted({sae.spec.layer for sae in saes.values()})
+    sums = {name: Reconstruction(sae.spec.d_in, sae.spec.d_sae) for name, sae in saes.items()}
+    losses = {name: DeltaLoss() for name in saes}
+    budget = min(token_budget, _LOGITS // full.vocab_size)
+    stream = render(islice(dialogues, limit), lm.tokenizer, method="fast", max_length=max_length, tally=tally)
+    n_dialogues = 0
+    with console.progress("evaluate", limit) as advance:
+        for tokens in _batches(stream, budget):
+            n_dialogues += len(tokens)
+            ids, real = tokens.padded().to(full.device), _real(tokens)
+            logits, residuals = _forward(full, ids, layers)
+            clean = token_losses(logits, ids, real.to(full.device))
+            assistant = _scored(tokens, real) == Role.ASSISTANT
+            for name, sae in saes.items():
+                layer = sae.spec.layer
+                x = residuals[layer][real]
+                feature_acts = sae.encode(x.to(sae.W_enc))
+                sae_out = sae.decode(feature_acts)
+                by_id = torch.isin(tokens.input_ids, special)
+                sums[name].add(x, sae_out, feature_acts, tokens.sequence, by_id, tokens.special, len(tokens))
+                spliced = _spliced(full, layer, sae_out.to(x), real, ids)
+                losses[name].add(clean, token_losses(spliced, ids, real.to(full.device)), assistant)
+            advance(len(tokens))
+    if not n_dialogues:
+        raise UserError(f"no dialogue to evaluate on{_reasons(tally)}")
+    rows = {name: sums[name].metrics() | losses[name].metrics() for name in saes}
+    return Report(rows=rows, facts={"n_dialogues": n_dialogues, "max_length": max_length, "model": str(lm.name)})
+
+
+def _batches(stream: Iterator[TokenBatch], budget: int) -> Iterator[TokenBatch]:
+    for tokens in stream:
+        for chosen in plan(tokens.lengths.tolist(), token_budget=budget):
+            yield tokens.select(chosen)
+
+
+def _forward(
+    full: LanguageModel, ids: Int[Tensor, "B T"], layers: list[int]
+) -> tuple[Float[Tensor, "B T V"], dict[int, Float[Tensor, "B T D"]]]:
+    """Logits of the model as it is, and the residual stream after each layer."""
+    residuals: dict[int, Tensor] = {}
+
+    def keep(layer: int, x: Tensor) -> Tensor:
+        residuals[layer] = x
+        return x
+
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(splice(full, layer, lambda x, layer=layer: keep(layer, x)))
+        return full.model(input_ids=ids, use_cache=False).logits, residuals
+
+
+def _spliced(
+    full: LanguageModel,
+    layer: int,
+    sae_out: Float[Tensor, "N D"],
+    real: Bool[Tensor, "B T"],
+    ids: Int[Tensor, "B T"],
+) -> Float[Tensor, "B T V"]:
+    """Logits with the reconstruction in place of the residual stream; padding keeps its own."""
+
+    def replace(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[real] = sae_out
+        return y
+
+    with splice(full, layer, replace):
+        return full.model(input_ids=ids, use_cache=False).logits
+
+
+def _real(tokens: TokenBatch) -> Bool[Tensor, "B T"]:
+    return torch.arange(int(tokens.lengths.max())) < tokens.lengths[:, None]
+
+
+def _scored(tokens: TokenBatch, real: Bool[Tensor, "B T"]) -> Int[Tensor, " M"]:
+    """The role of every token that has a loss, in the order of `token_losses`."""
+    role = torch.full(real.shape, int(Role.NONE))
+    role[real] = tokens.role.long()
+    return role[:, 1:][real[:, 1:]]
+
+
+def _reasons(tally: Counter[str] | None) -> str:
+    return "" if not tally else "; dropped: " + ", ".join(f"{n} {reason}" for reason, n in tally.most_common())

@@ -1,0 +1,120 @@
+"""Reports: the metrics of a run's SAEs, and the table that sets runs side by side."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chatsae import console
+from chatsae.errors import UserError
+from chatsae.runs import Run, write_json
+
+COLUMNS = (
+    "mse",
+    "log2_mse",
+    "mse_st",
+    "log2_mse_st",
+    "mse_st_template",
+    "log2_mse_st_template",
+    "l0",
+    "explained_variance",
+    "dead_fraction",
+    "delta_loss",
+    "delta_loss_percent",
+)
+BEST = {
+    "mse": "min",
+    "log2_mse": "min",
+    "mse_st": "min",
+    "log2_mse_st": "min",
+    "mse_st_template": "min",
+    "log2_mse_st_template": "min",
+    "explained_variance": "max",
+    "dead_fraction": "min",
+    "delta_loss": "min",
+    "delta_loss_percent": "min",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Metrics by SAE name, and what they were measured on."""
+
+    rows: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
+
+    def table(self) -> str:
+        """The report as text."""
+        rows = [{"SAE": name, **row} for name, row in self.rows.items()]
+        return console.table("Held-out dialogues", ["SAE", *COLUMNS], rows, caption=_caption(self.facts))
+
+    def save(self, path: Path | str) -> None:
+        """Write report.json."""
+        write_json(Path(path), {"facts": self.facts, "saes": self.rows})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Report":
+        """Read report.json.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            return cls(rows=data["saes"], facts=data["facts"])
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; `chatsae eval {Path(path).parent}` writes it") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); `chatsae eval {Path(path).parent}` writes it anew") from None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row per SAE of several runs."""
+
+    rows: list[dict[str, Any]]
+    facts: dict[str, Any]
+
+    def table(self) -> str:
+        """The rows grouped by SAE, the best of each group marked with a star."""
+        columns = ["SAE", "method", *COLUMNS]
+        return console.table(
+            "Methods compared on the same held-out dialogues (* best)",
+            columns,
+            self.rows,
+            best=BEST,
+            group="SAE",
+            caption=_caption(self.facts),
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Write compare.json."""
+        write_json(Path(path), {"facts": self.facts, "rows": self.rows})
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """Set the reports of several runs side by side.
+
+    Raises:
+        UserError: a run has no report, or the reports were measured on different dialogues.
+    """
+    reports = [(run, Report.load(run.path / "report.json")) for run in runs]
+    facts = reports[0][1].facts
+    for run, report in reports[1:]:
+        if report.facts != facts:
+            raise UserError(
+                f"{run.path} was evaluated on other dialogues than {reports[0][0].path} "
+                f"({report.facts} against {facts}); evaluate both alike first"
+            )
+    rows = [
+        {"SAE": name, "method": run.config.data.method, "run": str(run.path), **row}
+        for run, report in reports
+        for name, row in report.rows.items()
+    ]
+    order = list(dict.fromkeys(row["SAE"] for row in rows))
+    return Comparison(rows=sorted(rows, key=lambda row: order.index(row["SAE"])), facts=facts)
+
+
+def _caption(facts: dict[str, Any]) -> str:
+    return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in facts.items())

@@ -1,0 +1,189 @@
+"""A run directory: config.yaml, environment.json, metrics.jsonl, saes/, checkpoints/, report.json."""
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from chatsae import console
+from chatsae.config import RunConfig
+from chatsae.errors import UserError
+from chatsae.recipe import differences, load_recipe, to_yaml
+
+_KEPT = 2  # checkpoints; the older one is there for the day the newer one is damaged
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a resume needs: tensors, and numbers that JSON keeps exactly."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Run:
+    """One training run on disk. `open` to train in it, `read` to look at it."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self._lock: IO[str] | None = None
+
+    @classmethod
+    def open(cls, path: Path | str, config: RunConfig) -> "Run":
+        """Create the directory, or take up the run that is in it; one process at a time.
+
+        Raises:
+            UserError: the directory cannot be written, is in use, or holds a run of another recipe.
+        """
+        run = cls(Path(path), config)
+        try:
+            for name in ("saes", "checkpoints"):
+                (run.path / name).mkdir(parents=True, exist_ok=True)
+            run._lock = (run.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"run directory {path} cannot be written: {error.strerror or error}") from None
+        try:
+            fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            run._lock.close()
+            raise UserError(f"run directory {path} is in use by another process") from None
+        if (run.path / "config.yaml").exists():
+            changed = differences(load_recipe(run.path / "config.yaml"), config)
+            if changed:
+                run.close()
+                raise UserError(
+                    f"run directory {path} holds a run of another recipe; choose another --out, or delete it. "
+                    f"Differences: {'; '.join(changed)}"
+                )
+        else:
+            write_text(run.path / "config.yaml", to_yaml(config))
+            write_json(run.path / "environment.json", environment())
+        return run
+
+    @classmethod
+    def read(cls, path: Path | str) -> "Run":
+        """The run in a directory.
+
+        Raises:
+            UserError: the directory is missing or holds no run.
+        """
+        path = Path(path)
+        if not (path / "config.yaml").is_file():
+            what = "holds no run (no config.yaml)" if path.is_dir() else "does not exist"
+            raise UserError(f"run directory {path} {what}")
+        return cls(path, load_recipe(path / "config.yaml"))
+
+    def close(self) -> None:
+        """Let another process have the directory."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def sae_directories(self) -> list[Path]:
+        """The directories of the finished SAEs, in the order of their names.
+
+        Raises:
+            UserError: there is none yet.
+        """
+        found = sorted(p.parent for p in (self.path / "saes").glob("*/cfg.json"))
+        if not found:
+            raise UserError(f"run {self.path} has no finished SAE yet; `chatsae train` with the same recipe goes on")
+        return found
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that are going to be repeated."""
+        kept = [json.dumps(r) + "\n" for r in self.metrics() if r["step"] <= step]
+        write_text(self.path / "metrics.jsonl", "".join(kept))
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint; a kill at any moment leaves the previous ones whole."""
+        folder = self.path / "checkpoints"
+        final = folder / f"step-{checkpoint.step:09d}"
+        temporary = folder / f".{final.name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        file = temporary / "state.safetensors"
+        save_file({k: v.contiguous() for k, v in checkpoint.tensors.items()}, file)
+        facts = {"step": checkpoint.step, "sha256": _sha256(file), "facts": checkpoint.facts}
+        write_json(temporary / "state.json", facts)
+        _sync(file)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        for old in sorted(folder.glob("step-*"))[:-_KEPT]:
+            shutil.rmtree(old)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, or None; damaged ones are named and passed over."""
+        for path in sorted((self.path / "checkpoints").glob("step-*"), reverse=True):
+            try:
+                facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+                if _sha256(path / "state.safetensors") != facts["sha256"]:
+                    raise ValueError("its content does not match its sha256")
+                tensors = load_file(path / "state.safetensors")
+                return Checkpoint(step=facts["step"], tensors=tensors, facts=facts["facts"])
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                console.warn(f"checkpoint {path} is damaged ({error}); the one before it is used")
+        return None
+
+    def clear_checkpoints(self) -> None:
+        """Free the disk once the run is finished."""
+        for path in (self.path / "checkpoints").iterdir():
+            shutil.rmtree(path)
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran on: versions, processor, platform."""
+    packages = ("chatsae", "torch", "transformers", "tokenizers", "safetensors", "numpy")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON as a whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

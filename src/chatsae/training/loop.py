@@ -1,0 +1,238 @@
+"""Train every SAE of a grid from one stream of mixed activations."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from chatsae import console
+from chatsae.config import TrainConfig
+from chatsae.errors import UserError
+from chatsae.runs import Run
+from chatsae.sae.base import SAE, Losses
+from chatsae.sae.init import geometric_median
+from chatsae.sae.step import StepState, make_state, train_step
+from chatsae.training.schedule import lr_at, sparsity_scale_at
+from chatsae.training.state import restore, snapshot
+
+_MEDIAN_SAMPLE = 8192  # rows; 4k to 16k place the geometric median well
+
+
+class Activations(Protocol):
+    """What the loop needs of its source of batches (see `chatsae.buffer.Mixer`)."""
+
+    def __iter__(self) -> Iterator[Float[Tensor, "L N D"]]: ...
+    def __next__(self) -> Float[Tensor, "L N D"]: ...
+    def peek(self, n: int) -> Float[Tensor, "L n D"]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Meter:
+    """Where the time of a run went, in seconds."""
+
+    lm: float = 0.0
+    sae: float = 0.0
+    wait: float = 0.0
+    start: float = field(default_factory=time.perf_counter)
+
+    def shares(self) -> dict[str, float]:
+        total = max(self.lm + self.sae + self.wait, 1e-9)
+        return {"lm": self.lm / total, "sae": self.sae / total, "wait": self.wait / total}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a training ended; `ending` is done, interrupted or data ended."""
+
+    ending: str
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    shares: dict[str, float]
+
+
+def train(
+    saes: Mapping[str, SAE],
+    acts: Activations,
+    config: TrainConfig | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    run: Run | None = None,
+) -> Summary:
+    """Train all SAEs in place, each on the activations of its layer.
+
+    Args:
+        saes: the grid, by name.
+        acts: batches [L, N, D]; axis 0 follows `layers`.
+        config: steps, schedules, seeds; the paper's by default.
+        layers: the layers of axis 0; by default those of the SAEs, in rising order.
+        run: where metrics and checkpoints go; a run with a checkpoint goes on from it, bit for bit.
+
+    Raises:
+        UserError: a loss is not finite, or the activations do not fit the SAEs.
+    """
+    config = config or TrainConfig()
+    layers = tuple(layers or sorted({sae.spec.layer for sae in saes.values()}))
+    states = {name: make_state(sae, betas=config.adam_betas) for name, sae in saes.items()}
+    first = _start(saes, states, acts, layers, run)
+    total, meter, ending, step = config.tokens // config.batch_size, Meter(), "done", first
+    with _stop_requested() as stop, console.progress("train", total - first) as advance:
+        while step < total:
+            batch = _next(acts, meter)
+            if batch is None:
+                ending = "data ended"
+                break
+            losses = _step_all(states, batch, layers, step, total, config, meter)
+            step += 1
+            if step % config.log_every == 0 or step == total:
+                record = _record(step, first, losses, states, config, meter)
+                advance(0, _live(record))
+                if run is not None:
+                    run.log(record)
+            advance(1)
+            if stop.is_set() or (run is not None and step % config.checkpoint_every == 0 and step < total):
+                if run is not None:
+                    run.save_checkpoint(snapshot(step, states, acts))
+                if stop.is_set():
+                    ending = "interrupted"
+                    break
+    seconds = time.perf_counter() - meter.start
+    return Summary(
+        ending=ending,
+        steps=step,
+        tokens=step * config.batch_size,
+        seconds=seconds,
+        tokens_per_second=(step - first) * config.batch_size / seconds,
+        shares=meter.shares(),
+    )
+
+
+def _step_all(
+    states: Mapping[str, StepState],
+    batch: Float[Tensor, "L N D"],
+    layers: Sequence[int],
+    step: int,
+    total: int,
+    config: TrainConfig,
+    meter: Meter,
+) -> dict[str, Losses]:
+    start = time.perf_counter()
+    scale = sparsity_scale_at(step, warmup_steps=round(config.sparsity_warmup_share * total))
+    losses = {}
+    for name, state in states.items():
+        spec = state.sae.spec
+        x = batch[layers.index(spec.layer)].to(state.sae.W_enc)
+        lr = lr_at(
+            step,
+            total_steps=total,
+            lr=spec.lr,
+            lr_end=spec.lr * config.lr_end_share,
+            warmup_steps=round(config.lr_warmup_share * total),
+            decay_steps=round(config.lr_decay_share * total),
+        )
+        losses[name] = train_step(state, x, lr=lr, sparsity_scale=scale, clip_grad_norm=config.clip_grad_norm)
+    meter.sae += time.perf_counter() - start
+    return losses
+
+
+def _start(
+    saes: Mapping[str, SAE],
+    states: Mapping[str, StepState],
+    acts: Activations,
+    layers: Sequence[int],
+    run: Run | None,
+) -> int:
+    """Take up a checkpoint, or place b_dec at the geometric median; returns the first step."""
+    checkpoint = run.load_checkpoint() if run is not None else None
+    if run is not None and checkpoint is not None:
+        restore(checkpoint, states, acts)
+        run.forget_after(checkpoint.step)
+        console.say(f"resuming at step {checkpoint.step:,}")
+        return checkpoint.step
+    sample = acts.peek(_MEDIAN_SAMPLE)
+    if sample.shape[0] != len(layers):
+        raise UserError(f"the activations hold {sample.shape[0]} layers, the SAEs want {len(layers)}: {layers}")
+    for i, layer in enumerate(layers):
+        chosen = [s for s in saes.values() if s.spec.layer == layer and s.spec.b_dec_init == "geometric_median"]
+        if chosen:
+            median = geometric_median(sample[i].float())
+            for sae in chosen:
+                sae.b_dec.data.copy_(median)
+    return 0
+
+
+def _next(acts: Activations, meter: Meter) -> Float[Tensor, "L N D"] | None:
+    start, lm_before = time.perf_counter(), getattr(acts, "lm_seconds", 0.0)
+    batch = next(acts, None)
+    lm = getattr(acts, "lm_seconds", 0.0) - lm_before
+    meter.lm += lm
+    meter.wait += time.perf_counter() - start - lm
+    return batch
+
+
+def _record(
+    step: int,
+    first: int,
+    losses: Mapping[str, Losses],
+    states: Mapping[str, StepState],
+    config: TrainConfig,
+    meter: Meter,
+) -> dict[str, Any]:
+    saes = {}
+    for name, loss in losses.items():
+        state = states[name]
+        saes[name] = {
+            "mse": loss.mse.item() / state.sae.spec.d_in,
+            "sparsity": loss.sparsity.item(),
+            "l0": loss.l0.item(),
+            "dead_fraction": (state.steps_since_fired > config.dead_feature_window).double().mean().item(),
+        }
+        if not torch.isfinite(loss.total):
+            raise UserError(f"the loss of {name} is {loss.total.item()} at step {step}; a lower sae.lrs may help")
+    seconds = time.perf_counter() - meter.start
+    return {
+        "step": step,
+        "tokens": step * config.batch_size,
+        "tokens_per_second": (step - first) * config.batch_size / seconds,
+        "shares": meter.shares(),
+        "saes": saes,
+    }
+
+
+def _live(record: Mapping[str, Any]) -> str:
+    shown = [f"{n}: mse {r['mse']:.4g} l0 {r['l0']:.0f} dead {r['dead_fraction']:.0%}" for n, r in record["saes"].items()]
+    more = f" +{len(shown) - 2} more" if len(shown) > 2 else ""
+    shares = " ".join(f"{k} {v:.0%}" for k, v in record["shares"].items())
+    return f"{' | '.join(shown[:2])}{more} | {record['tokens_per_second']:,.0f} tokens/s ({shares})"
+
+
+@contextmanager
+def _stop_requested() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that a step is never cut in half; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handler(signum: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        console.say("stopping after this step; press Ctrl-C again to stop at once")
+
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)

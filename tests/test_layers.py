@@ -1,0 +1,102 @@
+"""The import layers of docs/architecture.md hold, lazy imports included, and nothing imports in a circle."""
+
+import ast
+from pathlib import Path
+
+import chatsae
+
+ROOT = Path(chatsae.__file__).parent
+LAYERS = {
+    "errors": 0,
+    "config": 0,
+    "recipe": 1,
+    "console": 1,
+    "batch": 1,
+    "data": 2,
+    "lm": 2,
+    "sae": 2,
+    "runs": 2,
+    "buffer": 3,
+    "training": 4,
+    "evals": 4,
+    "demo": 5,
+    "cli": 5,
+    "__init__": 5,
+}
+
+
+def _module(path: Path) -> str:
+    return ".".join(["chatsae", *path.relative_to(ROOT).with_suffix("").parts])
+
+
+def _part(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def _type_only(tree: ast.Module) -> set[ast.AST]:
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test) == "TYPE_CHECKING"]
+    return {inner for block in blocks for inner in ast.walk(block)}
+
+
+def _imports(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    skipped = _type_only(tree)
+    found = set()
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "chatsae":
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found |= {n if (ROOT / Path(*n.split(".")[1:])).with_suffix(".py").exists() else node.module for n in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "chatsae"}
+    return found
+
+
+FILES = sorted(p for p in ROOT.rglob("*.py"))
+GRAPH = {_module(path): _imports(path) for path in FILES}
+
+
+def test_every_part_has_a_layer():
+    assert {_part(m) for m in GRAPH} == set(LAYERS)
+
+
+def test_imports_point_down():
+    wrong = []
+    for module, imported in GRAPH.items():
+        for target in imported:
+            here, there = _part(module), _part(target)
+            if here != there and LAYERS[there] >= LAYERS[here]:
+                wrong.append(f"{module} imports {target}")
+    assert not wrong
+
+
+def test_no_cycles_inside_a_part():
+    def reach(module: str, seen: tuple[str, ...]) -> None:
+        assert module not in seen, " -> ".join((*seen, module))
+        for target in GRAPH.get(module, ()):
+            reach(target, (*seen, module))
+
+    for module in GRAPH:
+        reach(module, ())
+
+
+def test_an_sae_needs_no_transformers():
+    for module, imported in GRAPH.items():
+        if _part(module) == "sae":
+            path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
+            assert "transformers" not in path.read_text(encoding="utf-8").replace("transformers' ", "")
+            assert not any(_part(t) in ("lm", "data", "runs") for t in imported)
+
+
+def test_files_and_functions_stay_short():
+    long = []
+    for path in FILES:
+        source = path.read_text(encoding="utf-8")
+        if len(source.splitlines()) > 420:
+            long.append(f"{path.name}: {len(source.splitlines())} lines")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno - node.lineno > 70:
+                long.append(f"{path.name}:{node.name}: {node.end_lineno - node.lineno} lines")
+    assert not long
