@@ -7,7 +7,7 @@ import chatsae
 
 ROOT = Path(chatsae.__file__).parent
 LAYERS = {
-    "errors": 0,
+    "errors": -1,
     "config": 0,
     "recipe": 1,
     "console": 1,
@@ -20,7 +20,7 @@ LAYERS = {
     "training": 4,
     "evals": 4,
     "demo": 5,
-    "cli": 5,
+    "cli": 6,
     "__init__": 5,
 }
 

@@ -17,7 +17,7 @@ from chatsae.config import TrainConfig
 from chatsae.errors import UserError
 from chatsae.runs import Run
 from chatsae.sae.base import SAE, Losses
-from chatsae.sae.init import geometric_median
+from chatsae.sae.init import set_b_dec_
 from chatsae.sae.step import StepState, make_state, train_step
 from chatsae.training.schedule import lr_at, sparsity_scale_at
 from chatsae.training.state import restore, snapshot
@@ -162,12 +162,8 @@ def _start(
     sample = acts.peek(_MEDIAN_SAMPLE)
     if sample.shape[0] != len(layers):
         raise UserError(f"the activations hold {sample.shape[0]} layers, the SAEs want {len(layers)}: {layers}")
-    for i, layer in enumerate(layers):
-        chosen = [s for s in saes.values() if s.spec.layer == layer and s.spec.b_dec_init == "geometric_median"]
-        if chosen:
-            median = geometric_median(sample[i].float())
-            for sae in chosen:
-                sae.b_dec.data.copy_(median)
+    for sae in saes.values():
+        set_b_dec_(sae, sample[layers.index(sae.spec.layer)].to(sae.W_enc))
     return 0
 
 

@@ -7,11 +7,13 @@ from typing import Any
 
 from chatsae import console
 from chatsae.config import Method, RunConfig, SAESpec, sae_specs
-from chatsae.lm.facts import ModelFacts, model_facts
+from chatsae.errors import UserError
+from chatsae.lm.checkpoint import ModelFacts
+from chatsae.lm.facts import planning_facts
 from chatsae.recipe import load_recipe
 
 _ADAM = 4  # float32 copies of every SAE weight: weight, gradient, two moments
-_SAE_FLOPS = 12  # per weight of one matrix and token: forward and backward of encoder and decoder
+_SAE_FLOPS = 10  # per weight of W_enc and token: 4 forward, 6 backward; no gradient of x is needed
 _GIB = 2**30
 
 
@@ -44,7 +46,7 @@ def plan_recipes(recipes: Sequence[Path], methods: Sequence[Method]) -> list[Pas
     passes = []
     for path in recipes:
         config = load_recipe(path / "config.yaml" if path.is_dir() else path)
-        facts = model_facts(config.model.name, revision=config.model.revision)
+        facts = planning_facts(config.model.name, config.model.revision, config.model.trust_remote_code)
         passes += [plan_pass(path.name, replace(config, data=replace(config.data, method=m)), facts) for m in methods]
     return passes
 
@@ -53,17 +55,19 @@ def plan_pass(recipe: str, config: RunConfig, facts: ModelFacts) -> Pass:
     """Sizes and work of one pass.
 
     Memory counts the blocks up to the deepest layer and the embedding, the SAEs with gradients and Adam moments in
-    float32, and the mixing buffer. FLOPs are 2 per language-model weight and token, and 12 per weight of an encoder
+    float32, and the mixing buffer. FLOPs are 2 per language-model weight and token, and 10 per weight of W_enc
     and token for an SAE's dense forward and backward.
 
     Raises:
         UserError: a layer is out of range.
     """
-    facts.check_layers(config.model.layers)
     layers = tuple(sorted(config.model.layers))
+    for layer in layers:
+        if not 0 <= layer < facts.n_layers:
+            raise UserError(f"{recipe}: model.layers: {facts.name} has layers 0 to {facts.n_layers - 1}, not {layer}")
     specs = tuple(sae_specs(config.sae, layers=layers, d_in=facts.d_in))
     width = 4 if config.model.dtype == "float32" else 2
-    blocks = facts.block_parameters * (layers[-1] + 1)
+    loaded = facts.parameters_through(layers[-1])
     encoder_weights = sum(spec.d_in * spec.d_sae for spec in specs)
     return Pass(
         recipe=recipe,
@@ -71,10 +75,10 @@ def plan_pass(recipe: str, config: RunConfig, facts: ModelFacts) -> Pass:
         model=config.model.name,
         saes=specs,
         tokens=config.train.tokens,
-        lm_bytes=width * (blocks + facts.vocab_size * facts.d_in),
+        lm_bytes=width * loaded,
         sae_bytes=4 * _ADAM * 2 * encoder_weights,
         buffer_bytes=width * config.buffer.capacity * len(layers) * facts.d_in,
-        lm_flops=2.0 * blocks * config.train.tokens,
+        lm_flops=2.0 * (loaded - facts.embedding_parameters) * config.train.tokens,
         sae_flops=float(_SAE_FLOPS) * encoder_weights * config.train.tokens,
     )
 

@@ -1,0 +1,249 @@
+"""Where a model's files are and what they say, before any weight is read."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub import errors as hub_errors
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from chatsae.errors import UserError
+from chatsae.lm.tap import find_blocks
+
+_TIMEOUT = 10.0  # seconds for the one request that tells whether the hub answers
+_TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
+# What transformers raises for broken files, unknown architectures and configurations that do not hold together.
+LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the files of a model are: a local directory, or a hub name with `offline` when only its cache answers."""
+
+    name: str
+    path: str
+    revision: str | None = None
+    offline: bool = False
+    trust_remote_code: bool = False
+
+    @property
+    def local(self) -> bool:
+        return Path(self.path).is_dir()
+
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments that every `from_pretrained` of this model takes."""
+        where = {} if self.local else {"revision": self.revision, "local_files_only": self.offline}
+        return {"trust_remote_code": self.trust_remote_code, **where}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Hold back transformers' load reports, advice and progress bars; errors still come through."""
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an exception's text, for a message of one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def demo_model_path() -> Path:
+    """The directory of the tiny chat model that comes with the package."""
+    return Path(__file__).parents[1] / "demo" / "tiny-chat"
+
+
+def locate(
+    name: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    needs: tuple[str, ...] = ("config.json",),
+) -> Source:
+    """Find a model by directory, by hub name, or as "demo"; one of the files `needs` must be there.
+
+    Raises:
+        UserError: nothing is there, a file is missing, or the hub neither answers nor has left a copy in its cache.
+    """
+    path = demo_model_path() if str(name) == "demo" else Path(name).expanduser()
+    if path.is_dir():
+        if not any((path / file).is_file() for file in needs):
+            raise UserError(f"{path}: no {' or '.join(needs)} in this directory; a Hugging Face checkpoint is expected")
+        return Source(str(name), str(path), trust_remote_code=trust_remote_code)
+    if str(name) == "demo":
+        raise UserError(f"demo: the bundled model is missing from this installation ({path})")
+    if path.exists():
+        raise UserError(f"{name}: a file; the directory of a Hugging Face checkpoint is expected")
+    offline = _ask_hub(str(name), revision, needs)
+    return Source(str(name), str(name), revision, offline, trust_remote_code)
+
+
+def _ask_hub(name: str, revision: str | None, needs: tuple[str, ...]) -> bool:
+    """Whether the hub's local cache has to do, because the hub does not answer."""
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_TIMEOUT)
+    except hub_errors.HFValidationError:
+        raise UserError(f"{name}: no such directory, and not the form of a hub name (owner/model)") from None
+    except hub_errors.GatedRepoError:
+        raise UserError(f"{name}: gated on the hub; accept its terms there, then log in with `hf auth login`") from None
+    except hub_errors.RevisionNotFoundError:
+        raise UserError(f"{name}: the hub has no revision {revision!r} of it") from None
+    except hub_errors.RepositoryNotFoundError:
+        raise UserError(f"{name}: no such directory, and no such model on the hub (or a private one)") from None
+    except (hub_errors.HTTPError, OSError) as error:
+        cached = [huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in needs]
+        if not any(isinstance(found, str) for found in cached):
+            raise UserError(f"{name}: not found locally, hub unreachable: {one_line(error)}") from None
+        return True
+    return False
+
+
+def read_config(source: Source) -> PreTrainedConfig:
+    """The configuration of a decoder-only language model.
+
+    Raises:
+        UserError: it cannot be read, is of an unknown architecture, or is not that of a decoder-only language model.
+    """
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(source.path, **source.kwargs())
+    except LOAD_ERRORS as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{source.name}: brings its own code; read it, then allow it with model.trust_remote_code"
+            ) from None
+        raise UserError(f"{source.name}: config.json cannot be used: {one_line(error)}") from None
+    _refuse_others(config, source.name)
+    return config
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a configuration that describes the decoder; all of it, but for multimodal models."""
+    return config.get_text_config(decoder=True)
+
+
+def _refuse_others(config: PreTrainedConfig, name: str) -> None:
+    kind = config.model_type
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"{name}: {kind} is an encoder-decoder model; a decoder-only language model is needed")
+    bidirectional = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(
+        config, "is_decoder", False
+    )
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if bidirectional or not (remote or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING):
+        raise UserError(f"{name}: {kind} is not a decoder-only language model; a causal one is needed")
+
+
+def check_shards(source: Source) -> None:
+    """Open the header of every weight file of a local checkpoint; reads no weights.
+
+    Raises:
+        UserError: there is no safetensors file, or one is missing, truncated or corrupt.
+    """
+    if not source.local:
+        return
+    directory = Path(source.path)
+    index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if single.is_file():
+        files = [single.name]
+    elif index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{index}: not a safetensors index: {one_line(error)}") from None
+    else:
+        raise UserError(f"{directory}: no model.safetensors; weights are read from safetensors files only")
+    for file in files:
+        if not (directory / file).is_file():
+            raise UserError(f"{directory / file}: this shard is missing; {index.name} names it")
+        try:
+            with safe_open(directory / file, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{directory / file}: truncated or corrupt: {one_line(error)}") from None
+
+
+def load_tokenizer(
+    name: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, without its weights.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    return read_tokenizer(locate(name, revision, trust_remote_code, needs=_TOKENIZER_FILES))
+
+
+def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    """See `load_tokenizer`."""
+    if source.local and not any((Path(source.path) / file).is_file() for file in _TOKENIZER_FILES):
+        raise UserError(f"{source.path}: no tokenizer in this directory ({' or '.join(_TOKENIZER_FILES)})")
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(source.path, **source.kwargs())
+    except LOAD_ERRORS as error:
+        raise UserError(f"{source.name}: the tokenizer cannot be read: {one_line(error)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a model's configuration says about its size; parameters are counted, not estimated."""
+
+    name: str
+    model_type: str
+    d_in: int
+    n_layers: int
+    vocab_size: int
+    max_positions: int | None
+    parameters: int
+    embedding_parameters: int
+    block_parameters: tuple[int, ...]
+
+    def parameters_through(self, layer: int) -> int:
+        """Parameters that are loaded to read the residual stream after `layer`: the embedding and the blocks so far."""
+        return self.embedding_parameters + sum(self.block_parameters[: layer + 1])
+
+
+def model_facts(name: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
+    """The size of a model from its config.json alone; the model is built without memory for its weights.
+
+    Raises:
+        UserError: see `locate` and `read_config`.
+    """
+    source = locate(name, revision, trust_remote_code)
+    config = read_config(source)
+    text = text_config(config)
+    try:
+        with quiet(), torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except LOAD_ERRORS as error:
+        raise UserError(f"{name}: config.json describes no model that can be built: {one_line(error)}") from None
+    embedding = model.get_input_embeddings().weight
+    _, blocks = find_blocks(model.get_decoder(), text.num_hidden_layers)
+    return ModelFacts(
+        name=str(name),
+        model_type=config.model_type,
+        d_in=text.hidden_size,
+        n_layers=text.num_hidden_layers,
+        vocab_size=embedding.shape[0],
+        max_positions=getattr(text, "max_position_embeddings", None),
+        parameters=sum(p.numel() for p in model.parameters()),
+        embedding_parameters=embedding.numel(),
+        block_parameters=tuple(sum(p.numel() for p in block.parameters()) for block in blocks),
+    )

@@ -1,0 +1,241 @@
+"""Load a decoder-only Hugging Face language model, only as deep as its residual stream is read."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from chatsae.batch import Message, TokenBatch
+from chatsae.errors import UserError
+from chatsae.lm import checkpoint
+from chatsae.lm.checkpoint import ModelFacts, demo_model_path, load_tokenizer, model_facts
+from chatsae.lm.harvest import Harvest, relative_error
+from chatsae.lm.tap import find_blocks, read_residuals
+
+__all__ = ["LanguageModel", "ModelFacts", "demo_model_path", "load_tokenizer", "model_facts"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LanguageModel:
+    """A decoder-only language model whose residual stream is read after `layers`.
+
+    Only the blocks up to the deepest of `layers` are read from disk, without the head; with `head=True`, or without
+    layers, the whole model. Weights are frozen. Layer L means the residual stream after block L (`hook_resid_post`),
+    before the final norm.
+
+    Attributes: name, layers (sorted), n_layers and d_in of the whole model, vocab_size, max_positions, rope_split
+    (sequences longer than this must not share a forward with shorter ones), device, dtype, head, model, decoder, blocks.
+    """
+
+    def __init__(
+        self,
+        name: str | Path,
+        layers: Sequence[int] = (),
+        *,
+        dtype: str = "auto",
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        head: bool = False,
+    ) -> None:
+        """Load it.
+
+        Raises:
+            UserError: the model is unknown or no decoder-only language model, a layer is out of range or asked for
+                twice, a weight file is missing, truncated or corrupt, or the device is not available.
+        """
+        self.device = pick_device(device)
+        self.dtype = _pick_dtype(dtype, self.device)
+        self._source = checkpoint.locate(name, revision, trust_remote_code)
+        config = checkpoint.read_config(self._source)
+        text = checkpoint.text_config(config)
+        self.name = str(name)
+        self.n_layers: int = text.num_hidden_layers
+        self.layers = _check_layers(layers, self.n_layers, self.name)
+        self.head = head or not self.layers
+        self.d_in: int = text.hidden_size
+        self.max_positions: int | None = getattr(text, "max_position_embeddings", None)
+        self.rope_split = _rope_split(text)
+        checkpoint.check_shards(self._source)
+        self._full: LanguageModel | None = None
+        self._adopt(self._load(config))
+        self.vocab_size: int = self.decoder.get_input_embeddings().weight.shape[0]
+        self._probe()
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer, read at first use."""
+        return checkpoint.read_tokenizer(self._source)
+
+    def with_head(self) -> "LanguageModel":
+        """The whole model with its head, loaded at first use; from then on both hold one copy of the weights."""
+        if self.head:
+            return self
+        if self._full is None:
+            self._full = LanguageModel(
+                self.name,
+                self.layers,
+                dtype=str(self.dtype).removeprefix("torch."),
+                device=self.device,
+                revision=self._source.revision,
+                trust_remote_code=self._source.trust_remote_code,
+                head=True,
+            )
+            self._adopt(self._full.model)
+        return self._full
+
+    def harvest(self, tokens: Iterable[TokenBatch], **options: Any) -> Harvest:
+        """The activations of `tokens`, batch by batch; `options` are those of `Harvest`."""
+        return Harvest(self, tokens, **options)
+
+    def chat(self, prompt: str | Sequence[Message | Mapping[str, str]], *, max_new_tokens: int = 256) -> str:
+        """The model's greedy answer to a prompt or to a list of messages.
+
+        Raises:
+            UserError: the tokenizer has no chat template, the template refuses the messages, or they fill the context.
+        """
+        messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
+        turns = [m if isinstance(m, Mapping) else {"role": m.role, "content": m.content} for m in messages]
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{self.name}: the tokenizer has no chat template; an instruct model is needed")
+        try:
+            prompt_ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+        except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
+            raise UserError(f"{self.name}: the chat template fails: {checkpoint.one_line(error)}") from None
+        n_prompt = prompt_ids["input_ids"].shape[1]
+        if self.max_positions is not None:
+            max_new_tokens = min(max_new_tokens, self.max_positions - n_prompt)
+        if max_new_tokens < 1:
+            raise UserError(f"{self.name}: a prompt of {n_prompt} tokens leaves no room for an answer")
+        answer = self.with_head()._generate(dict(prompt_ids), max_new_tokens)[0, n_prompt:]
+        return self.tokenizer.decode(answer, skip_special_tokens=True)
+
+    def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> torch.Tensor:
+        # Whatever a model's own generation_config.json asks for, the answer is the plain greedy one.
+        greedy = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0
+        )
+        if self.model.generation_config.eos_token_id is None:
+            greedy.eos_token_id = self.tokenizer.eos_token_id
+        with checkpoint.quiet(), torch.inference_mode():
+            return self.model.generate(**{k: v.to(self.device) for k, v in inputs.items()}, generation_config=greedy)
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.decoder: PreTrainedModel = model.get_decoder()
+        path = getattr(self.decoder, "chatsae_blocks", None) or find_blocks(self.decoder, self.n_layers)[0]
+        self.blocks: nn.ModuleList = self.decoder.get_submodule(path)
+
+    def _load(self, config: PreTrainedConfig) -> PreTrainedModel:
+        if self.head:
+            return self._read(transformers.AutoModelForCausalLM, config)
+        cut = _cut_class(config, keep=max(self.layers) + 1)
+        if cut is not None:
+            try:
+                return self._read(cut, config)
+            except UserError:
+                pass  # an architecture that cannot be cut: read it whole, stop early
+        return self._read(transformers.AutoModel, config)
+
+    def _read(self, factory: Any, config: PreTrainedConfig) -> PreTrainedModel:
+        """Load through `factory.from_pretrained`; weights that the model does not have are not read."""
+        kwargs = self._source.kwargs()
+        if isinstance(factory, type) and issubclass(factory, PreTrainedModel):
+            kwargs.pop("trust_remote_code")
+        try:
+            with checkpoint.quiet():
+                model, info = factory.from_pretrained(
+                    self._source.path,
+                    config=config,
+                    dtype=self.dtype,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **kwargs,
+                )
+                model = model.to(self.device).eval().requires_grad_(False)
+        except checkpoint.LOAD_ERRORS as error:
+            raise UserError(f"{self.name}: the weights cannot be loaded: {checkpoint.one_line(error)}") from None
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise UserError(f"{self.name}: {len(missing)} tensors are missing from the checkpoint, {missing[0]} first")
+        return model
+
+    def _probe(self) -> None:
+        """One small forward: two sequences that differ in their last token only must agree before it."""
+        if not self.layers:
+            return
+        ids = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 2]]) % self.vocab_size
+        with torch.inference_mode():
+            deepest = read_residuals(self, ids)[-1]
+        if relative_error(deepest[0, :-1], deepest[1, :-1]) > 0.1:
+            raise UserError(f"{self.name}: its tokens see those after them; a decoder-only (causal) model is needed")
+
+
+def pick_device(device: str | torch.device) -> torch.device:
+    """A device by name; auto is a GPU when there is one.
+
+    Raises:
+        UserError: it is unknown or not there.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(1, device=picked)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"model.device: {device} is not available here: {checkpoint.one_line(error)}") from None
+    return picked
+
+
+def _pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in _DTYPES:
+        raise UserError(f"model.dtype: {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def _check_layers(layers: Sequence[int], n_layers: int, name: str) -> tuple[int, ...]:
+    if len(set(layers)) != len(layers):
+        raise UserError(f"model.layers: a layer is asked for twice: {', '.join(map(str, layers))}")
+    for layer in layers:
+        if not 0 <= layer < n_layers:
+            raise UserError(f"model.layers: layer {layer} does not exist: {name} has layers 0..{n_layers - 1}")
+    return tuple(sorted(layers))
+
+
+def _rope_split(text: PreTrainedConfig) -> int | None:
+    """The length up to which longrope uses other frequencies, which it picks by the longest sequence of a forward."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    for part in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
+        if part.get("rope_type") == "longrope":
+            return part.get("original_max_position_embeddings") or text.max_position_embeddings
+    return None
+
+
+def _cut_class(config: PreTrainedConfig, keep: int) -> type[PreTrainedModel] | None:
+    """The architecture's base model without the blocks after the first `keep`; None where it must be built whole.
+
+    The configuration stays that of the whole model: some architectures scale every block by its number of layers.
+    """
+    whole: Any = transformers.MODEL_MAPPING.get(type(config), None)
+    if not isinstance(whole, type):
+        return None
+
+    def build(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        whole.__init__(self, config, *args, **kwargs)
+        decoder = self.get_decoder()
+        path, blocks = find_blocks(decoder, checkpoint.text_config(config).num_hidden_layers)
+        decoder.chatsae_blocks = path
+        del blocks[keep:]
+
+    # transformers picks conversions of weights by the name and the module of the class
+    names = {"__module__": whole.__module__, "__qualname__": whole.__qualname__, "__doc__": whole.__doc__}
+    return type(whole.__name__, (whole,), {**names, "__init__": build})

@@ -1,0 +1,125 @@
+"""Read the residual stream after chosen blocks, stop there, or put something else in its place."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from chatsae.errors import UserError
+
+Hook = Callable[[nn.Module, tuple[object, ...], object], object]
+
+
+@runtime_checkable
+class Decoder(Protocol):
+    """What reading and replacing a residual stream needs of a model; `LanguageModel` has it."""
+
+    name: str
+    layers: tuple[int, ...]
+    n_layers: int
+    d_in: int
+    vocab_size: int
+    max_positions: int | None
+    rope_split: int | None
+    device: torch.device
+
+    @property
+    def decoder(self) -> nn.Module: ...
+
+    @property
+    def blocks(self) -> nn.ModuleList: ...
+
+    def with_head(self) -> "Decoder": ...
+
+
+class StopForward(Exception):  # noqa: N818 - control flow, not an error
+    """Raised by the hook of the deepest layer asked for: nothing after it is needed."""
+
+
+def find_blocks(decoder: nn.Module, n_layers: int) -> tuple[str, nn.ModuleList]:
+    """The decoder's blocks and their path in it: the shallowest list of modules with one entry per layer.
+
+    Raises:
+        UserError: there is no such list.
+    """
+    found = [
+        (path.count("."), path, module)
+        for path, module in decoder.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == n_layers
+    ]
+    if not found:
+        raise UserError(f"{type(decoder).__name__}: no list of {n_layers} decoder blocks in this model")
+    _, path, blocks = min(found, key=lambda entry: entry[:2])
+    return path, blocks
+
+
+def read_residuals(lm: Decoder, input_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T D"]]:
+    """The residual stream after each of `lm.layers`, in that order; blocks after the deepest do not run.
+
+    No attention mask is given: a causal decoder's tokens cannot see padding on their right. The cache is off.
+
+    Raises:
+        UserError: a block does not put out one vector of d_in numbers per token.
+    """
+    found: dict[int, Tensor] = {}
+    deepest = max(lm.layers)
+
+    def reader(layer: int) -> Hook:
+        def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
+            found[layer] = _residual(output, layer, lm.d_in)
+            if layer == deepest:
+                raise StopForward
+
+        return hook
+
+    handles = [lm.blocks[layer].register_forward_hook(reader(layer)) for layer in lm.layers]
+    try:
+        lm.decoder(input_ids=input_ids.to(lm.device), use_cache=False)
+    except StopForward:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [found[layer] for layer in lm.layers]
+
+
+@contextmanager
+def splice(
+    lm: Decoder, layer: int, replace: Callable[[Float[Tensor, "B T D"]], Float[Tensor, "B T D"]]
+) -> Iterator[None]:
+    """Replace the residual stream after `layer` in every forward of the model while the context lasts.
+
+    Acts on `lm` and `lm.with_head()` alike (generation included), which share their blocks from here on; a replacement
+    that returns its argument changes no bit.
+
+    Raises:
+        UserError: the layer does not exist, or the replacement has another shape.
+    """
+    if not 0 <= layer < lm.n_layers:
+        raise UserError(f"layer {layer} does not exist: {lm.name} has {lm.n_layers} layers, 0..{lm.n_layers - 1}")
+
+    def hook(module: nn.Module, args: tuple[object, ...], output: object) -> object:
+        x = _residual(output, layer, lm.d_in)
+        y = replace(x)
+        if y.shape != x.shape:
+            raise UserError(f"layer {layer}: the replacement is {tuple(y.shape)}, the residual stream {tuple(x.shape)}")
+        y = y.to(device=x.device, dtype=x.dtype)
+        return (y, *output[1:]) if isinstance(output, tuple) else y
+
+    handle = lm.with_head().blocks[layer].register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _residual(output: object, layer: int, d_in: int) -> Float[Tensor, "B T D"]:
+    x = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(x, Tensor):
+        raise UserError(f"layer {layer}: the block puts out a {type(x).__name__}, not a residual stream")
+    if x.ndim != 3 or x.shape[-1] != d_in:
+        raise UserError(f"layer {layer}: the block puts out {tuple(x.shape)}; [B, T, {d_in}] is expected")
+    return x

@@ -1,0 +1,11 @@
+"""Shape annotations are checked while the tests run; on the command line they cost nothing."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a network
+
+from jaxtyping import install_import_hook
+
+install_import_hook(
+    ["chatsae.batch", "chatsae.buffer", "chatsae.evals", "chatsae.lm", "chatsae.sae"], "beartype.beartype"
+)
