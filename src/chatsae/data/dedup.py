@@ -13,9 +13,7 @@ def ngrams(dialogue: Dialogue, n: int) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for words in turns for i in range(len(words) - n + 1)}
 
 
-def dedup(
-    dialogues: Iterable[Dialogue], *, ngram: int = 20, tally: Counter[str] | None = None
-) -> Iterator[Dialogue]:
+def dedup(dialogues: Iterable[Dialogue], *, ngram: int = 20, tally: Counter[str] | None = None) -> Iterator[Dialogue]:
     """The dialogues that share no n-gram with an earlier kept one, in order (the paper's Algorithm 1).
 
     The n-grams of a dropped dialogue are not remembered. The seen ones are held as 64-bit hashes (about 86 bytes

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from chatsae.batch import Dialogue, Message
@@ -214,7 +215,7 @@ def _check_order(roles: list[str]) -> None:
         _reject("no turn")
     if "system" in roles[1:]:
         _reject("system turn that is not the first")
-    if any(a == b for a, b in zip(roles, roles[1:], strict=False)):
+    if any(a == b for a, b in pairwise(roles)):
         _reject("same role twice in a row")
     for role in ("user", "assistant"):
         if role not in roles:

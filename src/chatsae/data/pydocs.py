@@ -74,12 +74,13 @@ def _heading(o: PyObject) -> str:
 def _as_pydoc(members: Sequence[PyObject]) -> str:
     """As `pydoc` prints it: bodies indented, a bar beside those of a class."""
     bar = " |  " if members[0].kind == "class" else "    "
-    parts = [_heading(members[0]) + ":"]
-    for o in members:
-        body = textwrap.indent(o.doc, "    ")
-        parts.append(o.doc if o.kind in ("module", "topic") else f"{_line(o)}\n{body}".rstrip())
-    indented = [parts[0], *(textwrap.indent(p, bar, lambda _: True) for p in parts[1:] if p)]
-    return "\n\n".join(indented) if bar.isspace() else "\n\n".join(indented[:1]) + "\n\n" + f"\n{bar.rstrip()}\n".join(indented[1:])
+    bodies = [
+        o.doc if o.kind in ("module", "topic") else f"{_line(o)}\n{textwrap.indent(o.doc, '    ')}".rstrip()
+        for o in members
+        if o.doc or o.kind not in ("module", "topic")
+    ]
+    lines = [f"{bar}{line}".rstrip() for line in "\n\n".join(bodies).splitlines()]
+    return "\n".join([f"{_heading(members[0])}:", "", *lines])
 
 
 def _as_text(members: Sequence[PyObject]) -> str:

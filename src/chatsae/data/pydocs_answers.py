@@ -1,5 +1,6 @@
 """What the documentation answers: one function per question, None where an object's documentation has no answer."""
 
+import functools
 import random
 import re
 from collections.abc import Callable
@@ -19,10 +20,11 @@ def paragraphs(text: str) -> list[str]:
     return [p.strip("\n") for p in re.split(r"\n\s*\n", text) if p.strip()]
 
 
-def sentences(text: str) -> list[str]:
+@functools.lru_cache(maxsize=1 << 15)
+def sentences(text: str) -> tuple[str, ...]:
     """The sentences of the prose paragraphs; lists, code and tables are left out."""
     prose = (p for p in paragraphs(text) if _PROSE.match(p))
-    return [s for p in prose for s in _SENTENCE_END.split(" ".join(p.split()))]
+    return tuple(s for p in prose for s in _SENTENCE_END.split(" ".join(p.split())))
 
 
 def summary(o: PyObject) -> str:
@@ -32,7 +34,7 @@ def summary(o: PyObject) -> str:
 
 
 def head(text: str, limit: int) -> str:
-    """Whole paragraphs from the start, at least one, up to `limit` characters; a first one that is longer is cut at a line."""
+    """Whole paragraphs from the start, at least one, up to `limit` characters; a longer first one is cut at a line."""
     kept = ""
     for p in paragraphs(text):
         if kept and len(kept) + len(p) + 2 > limit:
@@ -42,7 +44,7 @@ def head(text: str, limit: int) -> str:
 
 
 def what(o: PyObject, rng: random.Random) -> str | None:
-    return head(o.doc, rng.choice((200, 400, 700)))
+    return head(o.doc, rng.choice((200, 500, 1000)))
 
 
 def full(o: PyObject, rng: random.Random) -> str | None:
@@ -60,7 +62,7 @@ def first_line(o: PyObject, rng: random.Random) -> str | None:
 
 def more(o: PyObject, rng: random.Random) -> str | None:
     rest = paragraphs(o.doc)[1:]
-    return head("\n\n".join(rest), rng.choice((300, 600, 1200))) if rest else None
+    return head("\n\n".join(rest), rng.choice((400, 1000, 2400))) if rest else None
 
 
 def call(o: PyObject) -> str:
@@ -94,6 +96,7 @@ def count(o: PyObject, rng: random.Random) -> str | None:
     return f"One: {o.parameters[0].name}." if n == 1 else f"{_number(n)}: {_and([p.name for p in o.parameters])}."
 
 
+@functools.lru_cache(maxsize=1 << 15)
 def about_parameter(o: PyObject, p: Parameter) -> str | None:
     """What the documentation says about a parameter: its entry in a list, or a sentence that marks it or names it."""
     entry = re.search(rf"^ *[*`'\"-]*{re.escape(p.name)}[*`'\"]*(?: ?\([^)]*\))? *(?:--?|:|=) +(\S.{{8,}})$", o.doc, re.M)

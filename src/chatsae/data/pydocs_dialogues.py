@@ -1,7 +1,7 @@
 """Dialogues about documented objects: questions in varied words, answers out of the documentation."""
 
-import platform
 import random
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +13,11 @@ from chatsae.data.pydocs_answers import ANSWERS, about_parameter, head, paragrap
 from chatsae.data.pydocs_objects import PyObject
 
 _TURNS = (1, 2, 3, 4, 5, 6)
-_TURN_WEIGHTS = (36, 26, 17, 11, 6, 4)
+_TURN_WEIGHTS = (26, 25, 19, 14, 9, 7)
 _SYSTEM_SHARE = 0.125
-_PASTED_SHARE = 0.12
-_WEIGHTS = {"what": 4.0, "full": 0.5, "more": 1.5, "meaning": 2.5, "methods": 1.5, "method": 2.0, "returns": 2.0, "raises": 2.0}
+_PASTED_SHARE = 0.2
+_LONGEST = 5500  # characters of a dialogue: under 2,000 tokens of the bundled tokenizer
+_WEIGHTS = {"what": 4.0, "full": 1.0, "more": 1.5, "meaning": 2.5, "methods": 1.5, "method": 2.0, "returns": 2.0, "raises": 2.0}
 _FIRST_WEIGHTS = {"what": 8.0, "full": 0.8, "more": 0.0, "method": 1.0}
 
 
@@ -41,7 +42,7 @@ class Catalogue:
 
     def dialogues_about(self, o: PyObject) -> int:
         """Dialogues per seed: more where there is more to ask."""
-        return 2 + (o.kind in ("module", "topic", "class")) + (len(o.doc) > 800)
+        return 1 + (len(o.doc) > 80) + (o.kind in ("module", "topic", "class")) + min(len(o.doc) // 1000, 12)
 
     def relatives(self, o: PyObject) -> list[PyObject]:
         """Documented neighbours of a method or function."""
@@ -54,11 +55,16 @@ class Catalogue:
 
 @dataclass(frozen=True, slots=True)
 class _Turn:
-    """A question with `{x}` still in it, and its answer."""
+    """A question in one wording, and its answer; `part` is the parameter, method or passage it asks about."""
 
     topic: str
-    question: str
+    wording: str
+    part: str
     answer: str
+
+    def question(self, x: str) -> str:
+        """The question with the object called `x`."""
+        return self.wording.replace("{x}", x).replace("{p}", self.part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +87,20 @@ def dialogue(o: PyObject, catalogue: Catalogue, rng: random.Random) -> tuple[Mes
     if len(pairs) + len(closing) < wanted and (relatives := catalogue.relatives(o)):
         pairs += _about_relative(rng.choice(relatives), catalogue, wanted - len(pairs) - len(closing), rng)
     messages = [Message("system", system.prompt)] if system.prompt else []
-    for question, answer in pairs + closing:
+    for question, answer in _within(pairs, _LONGEST) + closing:
         messages += [Message("user", question), Message("assistant", styled(answer, system.style, system.name))]
     return tuple(messages)
+
+
+def _within(pairs: list[tuple[str, str]], limit: int) -> list[tuple[str, str]]:
+    """The first pairs that together have at most `limit` characters; at least one."""
+    total, kept = 0, []
+    for question, answer in pairs:
+        total += len(question) + len(answer)
+        if kept and total > limit:
+            break
+        kept.append((question, answer))
+    return kept
 
 
 def styled(answer: str, style: str, name: str) -> str:
@@ -91,7 +108,8 @@ def styled(answer: str, style: str, name: str) -> str:
     lines = [line.rstrip() for line in answer.splitlines()]
     match style:
         case "one_line":
-            return next(" ".join(p.split()) for p in paragraphs(answer.replace("```python\n", "").replace("\n```", "")))
+            first = paragraphs(answer.replace("```python\n", "").replace("\n```", ""))[0]
+            return " ".join(first.removeprefix("- ").replace("\n- ", ", ").split())
         case "upper":
             return answer.upper()
         case "bullet":
@@ -111,7 +129,7 @@ def _system(rng: random.Random) -> _System:
     form = rng.random()
     if form < 0.25:
         return _System(rng.choice(words.PLAIN_SYSTEM), "Tiny")
-    persona = rng.choice(words.PERSONAS).format(name=name, version=platform.python_version_tuple()[1].join(("3.", "")))
+    persona = rng.choice(words.PERSONAS).format(name=name, version=f"3.{sys.version_info.minor}")
     if form < 0.5:
         return _System(persona, name)
     style = rng.choice(("one_line", "one_line", *words.STYLES))
@@ -145,11 +163,11 @@ def _about(o: PyObject, catalogue: Catalogue, room: int, rng: random.Random) -> 
     for i, turn in enumerate(chosen):
         if i > 0:
             it = rng.choice((*words.IT[o.kind], o.short))
-            pairs.append((_lead(turn.question.format(x=it), rng), turn.answer))
-        elif turn.topic not in ("full", "more", "method", "functions") and len(o.doc) < 1500 and rng.random() < _PASTED_SHARE:
+            pairs.append((_lead(turn.question(it), rng), turn.answer))
+        elif turn.topic not in ("full", "more", "method", "functions", "goes_on") and len(o.doc) < 1500 and rng.random() < _PASTED_SHARE:
             pairs.append((_pasted(o, turn, rng), turn.answer))
         else:
-            pairs.append((turn.question.format(x=_named(o, rng)), turn.answer))
+            pairs.append((turn.question(_named(o, rng)), turn.answer))
     return pairs
 
 
@@ -163,11 +181,16 @@ def _draw(turns: Sequence[_Turn], room: int, rng: random.Random) -> list[_Turn]:
     left, chosen = list(turns), []
     while left and len(chosen) < room:
         special = _WEIGHTS if chosen else {**_WEIGHTS, **_FIRST_WEIGHTS}
-        weights = [special.get(t.topic, 1.0) for t in left]
+        weights = [special.get(t.topic, 1.0) * _bonus(t) for t in left]
         turn = rng.choices(left, weights if sum(weights) else None)[0]
         chosen.append(turn)
-        left = [t for t in left if t.question != turn.question and (t.topic != turn.topic or t.topic in ("meaning", "method"))]
+        left = [t for t in left if t is not turn and (t.topic != turn.topic or t.topic in ("meaning", "method"))]
     return chosen
+
+
+def _bonus(turn: _Turn) -> float:
+    """Long answers are rare in the documentation; they are asked for more often, which gives the lengths their tail."""
+    return 1.0 + min(len(turn.answer), 3000) / 500 if turn.topic in ("full", "more", "goes_on") else 1.0
 
 
 def _turns(o: PyObject, catalogue: Catalogue, rng: random.Random) -> list[_Turn]:
@@ -178,10 +201,10 @@ def _turns(o: PyObject, catalogue: Catalogue, rng: random.Random) -> list[_Turn]
     if defaults:
         p = rng.choice(defaults)
         answered.append(("default", p.name, f"The default is {p.default}." if p.default else "It has no default, so it must be given."))
-    answered += _members(o, catalogue, rng)
+    answered += _members(o, catalogue, rng) + _passages(o, rng)
     return [
-        _Turn(topic, rng.choice(words.QUESTIONS[topic]).replace("{p}", name.replace("{", "{{")), answer)
-        for topic, name, answer in answered
+        _Turn(topic, rng.choice(words.QUESTIONS[topic]), part, answer)
+        for topic, part, answer in answered
         if answer
     ]
 
@@ -200,6 +223,16 @@ def _members(o: PyObject, catalogue: Catalogue, rng: random.Random) -> list[tupl
     return [listed, *(("method", m.short, head(m.doc, 300)) for m in told)]
 
 
+def _passages(o: PyObject, rng: random.Random) -> list[tuple[str, str, str]]:
+    """What follows a paragraph of a long text."""
+    parts = paragraphs(o.doc)
+    if len(parts) < 4:
+        return []
+    i = rng.randrange(len(parts) - 1)
+    line = parts[i].splitlines()[0].strip()
+    return [("goes_on", line, head("\n\n".join(parts[i + 1 :]), rng.choice((300, 800, 1600, 2800))))]
+
+
 def _named(o: PyObject, rng: random.Random) -> str:
     """An object's name as people write it."""
     forms: list[Callable[[], str]] = [lambda: o.name, lambda: o.name, lambda: f"`{o.name}`"]
@@ -215,13 +248,13 @@ def _named(o: PyObject, rng: random.Random) -> str:
 def _pasted(o: PyObject, turn: _Turn, rng: random.Random) -> str:
     """The question with the object's signature and docstring pasted into it."""
     doc = o.doc if o.kind in ("module", "topic") else f"{o.name}{o.signature}\n{o.doc}"
-    question = turn.question.format(x=rng.choice(words.IT[o.kind][2:]))
-    return rng.choice(words.PASTED).format(doc=doc, question=question)
+    question = turn.question(rng.choice(words.IT[o.kind][2:]))
+    return rng.choice(words.PASTED).replace("{question}", question).replace("{doc}", doc)
 
 
 def _lead(question: str, rng: random.Random) -> str:
     """A question as a follow-up, with or without a word before it."""
     lead = rng.choice(words.LEAD_INS)
-    if lead in ("And ", "One more thing: ") and question.split()[0].isalpha():
+    if lead in ("And ", "One more thing: ") and question.split()[0].isalpha() and not question.startswith("I "):
         question = question[0].lower() + question[1:]
     return lead + question

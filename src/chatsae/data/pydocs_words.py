@@ -146,9 +146,11 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "Which functions does {x} have? A few are enough.",
         "What functions can I find in {x}?",
     ),
-    "words": (
-        "How many words does the first line of the docs of {x} have?",
-        "Spell the name of {x}.",
+    "goes_on": (
+        'How does {x} go on after "{p}"?',
+        'In {x}, what follows "{p}"?',
+        'Quote what comes after "{p}" in {x}.',
+        'I have read {x} as far as "{p}". What comes next?',
     ),
 }
 

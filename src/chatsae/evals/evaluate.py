@@ -1,7 +1,10 @@
 """Evaluate SAEs on held-out dialogues, each fed whole and alone."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from functools import partial
 from itertools import islice
 
 import torch
@@ -49,10 +52,11 @@ def evaluate(
     losses = {name: DeltaLoss() for name in saes}
     budget = min(token_budget, _LOGITS // full.vocab_size)
     stream = render(islice(dialogues, limit), lm.tokenizer, method="fast", max_length=max_length, tally=tally)
-    n_dialogues = 0
+    n_dialogues, digest = 0, hashlib.sha256()
     with console.progress("evaluate", limit) as advance:
         for tokens in _batches(stream, budget):
             n_dialogues += len(tokens)
+            digest.update(tokens.input_ids.numpy().tobytes())
             ids, real = tokens.padded().to(full.device), _real(tokens)
             logits, residuals = _forward(full, ids, layers)
             clean = token_losses(logits, ids, real.to(full.device))
@@ -70,7 +74,8 @@ def evaluate(
     if not n_dialogues:
         raise UserError(f"no dialogue to evaluate on{_reasons(tally)}")
     rows = {name: sums[name].metrics() | losses[name].metrics() for name in saes}
-    return Report(rows=rows, facts={"n_dialogues": n_dialogues, "max_length": max_length, "model": str(lm.name)})
+    facts = {"model": lm.name, "n_dialogues": n_dialogues, "max_length": max_length, "tokens_sha256": digest.hexdigest()}
+    return Report(rows=rows, facts=facts)
 
 
 def _batches(stream: Iterator[TokenBatch], budget: int) -> Iterator[TokenBatch]:
@@ -85,15 +90,13 @@ def _forward(
     """Logits of the model as it is, and the residual stream after each layer."""
     residuals: dict[int, Tensor] = {}
 
-    def keep(layer: int, x: Tensor) -> Tensor:
+    def keep(x: Tensor, layer: int) -> Tensor:
         residuals[layer] = x
         return x
 
-    from contextlib import ExitStack
-
     with ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(splice(full, layer, lambda x, layer=layer: keep(layer, x)))
+            stack.enter_context(splice(full, layer, partial(keep, layer=layer)))
         return full.model(input_ids=ids, use_cache=False).logits, residuals
 
 

@@ -15,8 +15,9 @@ def dialogue_means(
 
     The inner mean of eq. 7 of the paper: over the tokens of a dialogue first, so that long dialogues weigh no more.
     """
-    count = torch.zeros(n_sequences, dtype=torch.float64).index_add_(0, sequence[chosen], torch.ones(1).double().expand(int(chosen.sum())))
-    total = torch.zeros(n_sequences, dtype=torch.float64).index_add_(0, sequence[chosen], values[chosen])
+    rows = sequence[chosen]
+    count = torch.bincount(rows, minlength=n_sequences)
+    total = torch.bincount(rows, weights=values[chosen], minlength=n_sequences)
     present = count > 0
     return float((total[present] / count[present]).sum()), int(present.sum())
 

@@ -57,7 +57,9 @@ class SAE(nn.Module):
     def __init_subclass__(cls, *, architecture: str) -> None:
         SAE._architectures[architecture] = cls
 
-    def __init__(self, spec: SAESpec, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, spec: SAESpec, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.metadata: dict[str, Any] = {}
@@ -153,9 +155,7 @@ class SAE(nn.Module):
     def _activation(self, hidden_pre: Float[Tensor, "*N F"]) -> Float[Tensor, "*N F"]:
         raise NotImplementedError
 
-    def _penalty(
-        self, hidden_pre: Float[Tensor, "N F"], feature_acts: Float[Tensor, "N F"]
-    ) -> Float[Tensor, " N"]:
+    def _penalty(self, hidden_pre: Float[Tensor, "N F"], feature_acts: Float[Tensor, "N F"]) -> Float[Tensor, " N"]:
         """The sparsity penalty of each token, without its coefficient."""
         raise NotImplementedError
 

@@ -13,9 +13,7 @@ _V6_ROW_NORM = 0.1
 
 
 @torch.no_grad()
-def init_sae(
-    spec: SAESpec, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32
-) -> SAE:
+def init_sae(spec: SAESpec, generator: torch.Generator | None = None, dtype: torch.dtype = torch.float32) -> SAE:
     """A fresh SAE on the CPU; biases are zero (see `set_b_dec_`).
 
     form="paper": W_dec and W_enc Kaiming uniform, U(±√(6/d_in)) and U(±√(6/d_sae)), rows of W_dec then of unit norm.

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from chatsae.sae.base import SAE, normalize_rows_
 
@@ -16,6 +16,9 @@ class JumpReLUSAE(SAE, architecture="jumprelu"):
     form="paper": θ = exp(log_threshold), decoder rows of unit norm, restored before every step.
     form="v6": θ itself is the parameter and is kept at 0 or above before every step; free decoder rows.
     """
+
+    log_threshold: nn.Parameter  # form="paper" [d_sae]
+    raw_threshold: nn.Parameter  # form="v6" [d_sae]
 
     _order: ClassVar = {
         "paper": ("log_threshold", "b_enc", "W_dec", "W_enc", "b_dec"),
@@ -56,9 +59,7 @@ class JumpReLUSAE(SAE, architecture="jumprelu"):
     def _activation(self, hidden_pre: Float[Tensor, "*N F"]) -> Float[Tensor, "*N F"]:
         return _JumpReLU.apply(hidden_pre, self.threshold, self.spec.bandwidth)
 
-    def _penalty(
-        self, hidden_pre: Float[Tensor, "N F"], feature_acts: Float[Tensor, "N F"]
-    ) -> Float[Tensor, " N"]:
+    def _penalty(self, hidden_pre: Float[Tensor, "N F"], feature_acts: Float[Tensor, "N F"]) -> Float[Tensor, " N"]:
         return _Step.apply(hidden_pre, self.threshold, self.spec.bandwidth).sum(-1)
 
 

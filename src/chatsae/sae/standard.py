@@ -28,9 +28,7 @@ class StandardSAE(SAE, architecture="standard"):
     def _activation(self, hidden_pre: Float[Tensor, "*N F"]) -> Float[Tensor, "*N F"]:
         return hidden_pre.relu()
 
-    def _penalty(
-        self, hidden_pre: Float[Tensor, "N F"], feature_acts: Float[Tensor, "N F"]
-    ) -> Float[Tensor, " N"]:
+    def _penalty(self, hidden_pre: Float[Tensor, "N F"], feature_acts: Float[Tensor, "N F"]) -> Float[Tensor, " N"]:
         if self.spec.form == "v6":
             feature_acts = feature_acts * torch.linalg.vector_norm(self.W_dec, dim=1)
         return torch.linalg.vector_norm(feature_acts, ord=1, dim=-1)

@@ -115,7 +115,11 @@ def _check_fits(name: str, state: dict[str, Any], params: dict[str, torch.Size])
     if missing := [k for k in (*expected, "step", "window_tokens") if k not in state]:
         raise UserError(f"the checkpoint of {name} has no {missing[0]!r}")
     if unknown := [k for k in state if k not in expected and k not in ("step", "window_tokens")]:
-        raise UserError(f"the checkpoint of {name} holds {unknown[0]!r}, which this SAE has not; another form or version?")
+        raise UserError(
+            f"the checkpoint of {name} holds {unknown[0]!r}, which this SAE has not; another form or version?"
+        )
     for key, shape in expected.items():
         if state[key].shape != shape:
-            raise UserError(f"the checkpoint of {name} holds {key!r} of shape {list(state[key].shape)}, not {list(shape)}")
+            raise UserError(
+                f"the checkpoint of {name} holds {key!r} of shape {list(state[key].shape)}, not {list(shape)}"
+            )

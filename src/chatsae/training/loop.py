@@ -15,7 +15,7 @@ from torch import Tensor
 from chatsae import console
 from chatsae.config import TrainConfig
 from chatsae.errors import UserError
-from chatsae.runs import Run
+from chatsae.runs import Checkpoint, Run
 from chatsae.sae.base import SAE, Losses
 from chatsae.sae.init import set_b_dec_
 from chatsae.sae.step import StepState, make_state, train_step
@@ -68,6 +68,7 @@ def train(
     *,
     layers: Sequence[int] | None = None,
     run: Run | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Summary:
     """Train all SAEs in place, each on the activations of its layer.
 
@@ -76,7 +77,8 @@ def train(
         acts: batches [L, N, D]; axis 0 follows `layers`.
         config: steps, schedules, seeds; the paper's by default.
         layers: the layers of axis 0; by default those of the SAEs, in rising order.
-        run: where metrics and checkpoints go; a run with a checkpoint goes on from it, bit for bit.
+        run: where metrics and checkpoints go.
+        checkpoint: where to go on from, to the same bits; `acts` must stand there too (`activations(skip=...)`).
 
     Raises:
         UserError: a loss is not finite, or the activations do not fit the SAEs.
@@ -84,7 +86,7 @@ def train(
     config = config or TrainConfig()
     layers = tuple(layers or sorted({sae.spec.layer for sae in saes.values()}))
     states = {name: make_state(sae, betas=config.adam_betas) for name, sae in saes.items()}
-    first = _start(saes, states, acts, layers, run)
+    first = _start(states, acts, layers, checkpoint)
     total, meter, ending, step = config.tokens // config.batch_size, Meter(), "done", first
     with _stop_requested() as stop, console.progress("train", total - first) as advance:
         while step < total:
@@ -146,24 +148,17 @@ def _step_all(
 
 
 def _start(
-    saes: Mapping[str, SAE],
-    states: Mapping[str, StepState],
-    acts: Activations,
-    layers: Sequence[int],
-    run: Run | None,
+    states: Mapping[str, StepState], acts: Activations, layers: Sequence[int], checkpoint: Checkpoint | None
 ) -> int:
-    """Take up a checkpoint, or place b_dec at the geometric median; returns the first step."""
-    checkpoint = run.load_checkpoint() if run is not None else None
-    if run is not None and checkpoint is not None:
+    """Take up a checkpoint, or place b_dec; returns the number of steps that are done."""
+    if checkpoint is not None:
         restore(checkpoint, states, acts)
-        run.forget_after(checkpoint.step)
-        console.say(f"resuming at step {checkpoint.step:,}")
         return checkpoint.step
     sample = acts.peek(_MEDIAN_SAMPLE)
     if sample.shape[0] != len(layers):
         raise UserError(f"the activations hold {sample.shape[0]} layers, the SAEs want {len(layers)}: {layers}")
-    for sae in saes.values():
-        set_b_dec_(sae, sample[layers.index(sae.spec.layer)].to(sae.W_enc))
+    for state in states.values():
+        set_b_dec_(state.sae, sample[layers.index(state.sae.spec.layer)].to(state.sae.W_enc))
     return 0
 
 

@@ -58,7 +58,7 @@ def _one_pass(data: DataConfig, tokenizer: object, seed: int, tally: Counter[str
 
 def activations(
     config: RunConfig, lm: LanguageModel, *, skip: int = 0, tally: Counter[str] | None = None
-) -> tuple[Mixer, Harvest]:
+) -> Mixer:
     """The mixed activations of a run; `skip` forwards of an interrupted run are passed over without computing them."""
     tokens = token_batches(config.data, lm.tokenizer, seed=config.train.seed, tally=tally)
     harvest = Harvest(
@@ -69,10 +69,9 @@ def activations(
         seed=config.train.seed,
         skip=skip,
     )
-    acts = mix(
+    return mix(
         harvest, capacity=config.buffer.capacity, batch_size=config.train.batch_size, seed=config.train.seed
     )
-    return acts, harvest
 
 
 def _reasons(tally: Counter[str] | None) -> str:

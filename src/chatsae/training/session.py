@@ -38,11 +38,18 @@ def train_run(config: RunConfig, out: Path) -> Summary:
             trust_remote_code=config.model.trust_remote_code,
         )
         tally: Counter[str] = Counter()
-        acts, harvest = activations(config, lm, tally=tally)
+        checkpoint = run.load_checkpoint()
+        done = 0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"]
+        acts = activations(config, lm, skip=done, tally=tally)
         specs = sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in)
-        saes = build_grid(specs, seed=config.train.seed, device=lm.device)
+        saes = build_grid(specs, seed=config.train.seed)
+        for sae in saes.values():
+            sae.to(lm.device)
         console.say(f"{config.data.method}: {len(saes)} SAEs from one pass of {config.model.name}: {', '.join(saes)}")
-        summary = train(saes, acts, config.train, layers=lm.layers, run=run)
+        if checkpoint is not None:
+            run.forget_after(checkpoint.step)
+            console.say(f"resuming at step {checkpoint.step:,}")
+        summary = train(saes, acts, config.train, layers=lm.layers, run=run, checkpoint=checkpoint)
         console.say(_sentence(summary, tally))
         if summary.ending == "interrupted":
             return summary

@@ -1,0 +1,46 @@
+"""Learning rate and sparsity coefficient as pure functions of the step; the first step is 0."""
+
+import math
+from dataclasses import dataclass
+
+from chatsae.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Lengths of the phases of a training, in steps."""
+
+    total: int
+    lr_warmup: int
+    lr_decay: int
+    sparsity_warmup: int
+
+
+def steps_of(config: TrainConfig) -> Steps:
+    """The phases as the shares of `config` give them; the defaults at the paper's length give the paper's numbers."""
+    total = config.tokens // config.batch_size
+    return Steps(
+        total=total,
+        lr_warmup=round(config.lr_warmup_share * total),
+        lr_decay=round(config.lr_decay_share * total),
+        sparsity_warmup=round(config.sparsity_warmup_share * total),
+    )
+
+
+def lr_at(step: int, *, total_steps: int, lr: float, lr_end: float, warmup_steps: int, decay_steps: int) -> float:
+    """Linear warm-up to `lr`, cosine to `lr_end`, linear decay to zero (paper, training parameters).
+
+    The closed form of what sae_lens builds from LinearLR, CosineAnnealingLR and LinearLR.
+    """
+    decay_start = total_steps - decay_steps
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if step < decay_start:
+        progress = (step - warmup_steps) / (decay_start - warmup_steps)
+        return lr_end + (lr - lr_end) * (1 + math.cos(math.pi * progress)) / 2
+    return lr_end * max(total_steps - step, 0) / decay_steps if decay_steps else lr_end
+
+
+def sparsity_scale_at(step: int, *, warmup_steps: int) -> float:
+    """The factor of the sparsity coefficient: 0 at the first step, 1 from `warmup_steps` on."""
+    return min(step / warmup_steps, 1.0) if warmup_steps > 0 else 1.0

@@ -1,0 +1,202 @@
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+import chatsae as cs
+from chatsae.batch import Dialogue, Message
+from chatsae.data.render import render
+from chatsae.errors import UserError
+from chatsae.evals.evaluate import evaluate
+from chatsae.evals.loss import token_losses
+from chatsae.evals.reconstruction import Reconstruction
+from chatsae.evals.report import Report, compare
+from chatsae.lm.load import LanguageModel
+from chatsae.lm.tap import splice
+from chatsae.runs import Run
+from chatsae.sae.init import init_sae
+from sae_samples import constant_sae, identity_sae, spec
+from tiny_models import tiny_model, tiny_tokenizer
+
+LAYER = 1
+TEXTS = ("Hello", "What is a user?", "I am a user and an assistant.", "x" * 40, "one two three")
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory) -> LanguageModel:
+    directory = tmp_path_factory.mktemp("qwen2")
+    return LanguageModel(tiny_tokenizer(tiny_model(directory)), [LAYER])
+
+
+def dialogues(n: int = 7) -> list[Dialogue]:
+    texts = itertools.cycle(TEXTS)
+    return [
+        Dialogue(str(i), "test", (Message("user", next(texts)), Message("assistant", next(texts)[: 3 * i + 2])))
+        for i in range(n)
+    ]
+
+
+def residuals(lm: LanguageModel) -> list[torch.Tensor]:
+    """The slow way: one dialogue at a time."""
+    tokens = [t for t in render(dialogues(), lm.tokenizer)]
+    full, found = lm.with_head(), []
+    for batch in tokens:
+        for row in torch.split(batch.input_ids, batch.lengths.tolist()):
+            with splice(full, LAYER, lambda x: found.append(x[0]) or x), torch.no_grad():
+                full.model(input_ids=row[None], use_cache=False)
+    return found
+
+
+def test_explained_variance_of_a_worked_example():
+    x = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
+    sae_out = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
+    sums = Reconstruction(2, 3)
+    chosen = torch.tensor([True, False])
+    sums.add(x, sae_out, torch.tensor([[1.0, 0, 0], [1, 0, 2]]), torch.tensor([0, 0]), chosen, ~chosen, 1)
+    metrics = sums.metrics()
+    assert metrics["explained_variance"] == pytest.approx(0.8, abs=1e-12)
+    assert metrics["mse"] == 0.5
+    assert metrics["log2_mse"] == -1
+    assert metrics["l0"] == 1.5
+    assert metrics["dead_fraction"] == pytest.approx(1 / 3)
+    assert metrics["n_tokens"] == 2
+
+
+def test_eq_7_averages_within_a_dialogue_first():
+    sums = Reconstruction(1, 1)
+    x, sae_out = torch.zeros(4, 1), torch.tensor([[1.0], [2.0], [0.0], [2.0]])
+    none = torch.zeros(4, dtype=torch.bool)
+    by_id = torch.tensor([False, True, True, False])
+    sums.add(x, sae_out, torch.ones(4, 1), torch.tensor([0, 1, 1, 1]), by_id, none, 2)
+    metrics = sums.metrics()
+    assert metrics["mse"] == pytest.approx((1 + 8 / 3) / 2, abs=1e-12)  # the mean over tokens would be 9/4
+    assert metrics["mse_st"] == pytest.approx(2.0, abs=1e-12)  # only the second dialogue has special tokens
+    assert metrics["mse_st_template"] is None
+
+
+def test_sums_in_float64_survive_a_large_mean_and_any_batching():
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(512, 8, generator=generator) + 3000).bfloat16().float()
+    sae_out = x + torch.randn(512, 8, generator=generator)
+    exact = 1 - (sae_out - x).double().square().sum() / (x - x.double().mean(0)).square().sum()
+    for size in (1, 7, 512):
+        sums = Reconstruction(8, 1)
+        for rows, outs in zip(x.split(size), sae_out.split(size), strict=True):
+            every = torch.ones(len(rows), dtype=torch.bool)
+            sums.add(rows, outs, torch.ones(len(rows), 1), torch.arange(len(rows)), every, every, len(rows))
+        assert sums.metrics()["explained_variance"] == pytest.approx(float(exact), rel=1e-9)
+
+
+def test_an_identity_sae_changes_nothing(lm):
+    row = evaluate({"identity": identity_sae(lm.d_in)}, lm, dialogues()).rows["identity"]
+    assert row["mse"] == 0
+    assert row["mse_st"] == 0
+    assert row["log2_mse"] == -math.inf
+    assert row["explained_variance"] == 1
+    assert row["delta_loss"] == 0
+    assert row["delta_loss_percent"] == 0
+    assert row["l0"] == pytest.approx(lm.d_in, rel=0.01)
+
+
+def test_splicing_an_identity_sae_leaves_the_logits_bitwise_equal(lm):
+    ids = torch.arange(20)[None] % lm.vocab_size
+    full, sae = lm.with_head(), identity_sae(lm.d_in)
+    with torch.no_grad():
+        plain = full.model(input_ids=ids, use_cache=False).logits
+        with splice(full, LAYER, sae):
+            spliced = full.model(input_ids=ids, use_cache=False).logits
+    assert torch.equal(plain, spliced)
+
+
+def test_predicting_the_mean_explains_no_variance(lm):
+    mean = torch.cat(residuals(lm)).double().mean(0)
+    row = evaluate({"mean": constant_sae(mean.float())}, lm, dialogues()).rows["mean"]
+    assert row["explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert row["l0"] == 0
+    assert row["dead_fraction"] == 1
+    assert row["delta_loss"] != 0
+
+
+def test_results_equal_the_slow_way_and_do_not_depend_on_batch_size(lm):
+    sae = init_sae(spec(lm.d_in), torch.Generator().manual_seed(3))
+    x = residuals(lm)
+    errors = [(sae(r).double() - r.double()).square().mean(-1) for r in x]
+    mse = sum(float(e.mean()) for e in errors) / len(errors)
+    reports = [
+        evaluate({"sae": sae}, lm, dialogues(), token_budget=budget).rows["sae"] for budget in (1, 50, 400, 100_000)
+    ]
+    assert reports[0]["mse"] == pytest.approx(mse, rel=1e-6)
+    for report in reports[1:]:
+        for key, value in reports[0].items():
+            assert report[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+def test_delta_loss_equals_the_models_own_loss(lm):
+    sae = init_sae(spec(lm.d_in), torch.Generator().manual_seed(3))
+    row = evaluate({"sae": sae}, lm, dialogues()).rows["sae"]
+    full, clean, spliced, n = lm.with_head(), 0.0, 0.0, 0
+    for batch in render(dialogues(), lm.tokenizer):
+        for ids in torch.split(batch.input_ids, batch.lengths.tolist()):
+            with torch.no_grad():
+                clean += float(full.model(input_ids=ids[None], labels=ids[None], use_cache=False).loss) * (len(ids) - 1)
+                with splice(full, LAYER, sae):
+                    out = full.model(input_ids=ids[None], labels=ids[None], use_cache=False)
+                spliced += float(out.loss) * (len(ids) - 1)
+            n += len(ids) - 1
+    assert row["loss"] == pytest.approx(clean / n, rel=1e-5)
+    assert row["delta_loss"] == pytest.approx((spliced - clean) / n, rel=1e-4)
+    assert row["delta_loss_percent"] == pytest.approx(100 * (spliced - clean) / clean, rel=1e-4)
+
+
+def test_token_losses_skip_padding_and_first_tokens():
+    logits = torch.zeros(2, 3, 4)
+    real = torch.tensor([[True, True, True], [True, False, False]])
+    losses = token_losses(logits, torch.zeros(2, 3, dtype=torch.int64), real)
+    assert losses.tolist() == pytest.approx([math.log(4)] * 2)
+
+
+def test_special_tokens_by_id_and_by_template_differ_inside_content():
+    lm = LanguageModel("demo", [2])
+    sae = constant_sae(torch.zeros(lm.d_in), layer=2)
+    said = [Dialogue("a", "test", (Message("user", "user user user"), Message("assistant", "No.")))]
+    row = evaluate({"zero": sae}, lm, said).rows["zero"]
+    assert row["mse_st"] != row["mse_st_template"]
+    plain = [Dialogue("a", "test", (Message("user", "abs"), Message("assistant", "No.")))]
+    row = evaluate({"zero": sae}, lm, plain).rows["zero"]
+    assert row["mse_st"] == row["mse_st_template"]
+
+
+def test_nothing_to_evaluate_on_is_an_error(lm):
+    with pytest.raises(UserError, match="no dialogue to evaluate on"):
+        evaluate({"identity": identity_sae(lm.d_in)}, lm, [])
+
+
+def test_reports_are_saved_compared_and_refused_when_they_do_not_match(tmp_path, lm):
+    runs = []
+    for method, seed in (("fast", 1), ("bt-f", 2)):
+        config = cs.RunConfig(data=cs.DataConfig(method=method))
+        runs.append(Run.open(tmp_path / method, config))
+        sae = init_sae(spec(lm.d_in, name="sae"), torch.Generator().manual_seed(seed))
+        report = evaluate({"sae": sae}, lm, dialogues())
+        report.save(runs[-1].path / "report.json")
+        assert Report.load(runs[-1].path / "report.json") == report
+    comparison = compare(runs)
+    assert [(r["SAE"], r["method"]) for r in comparison.rows] == [("sae", "fast"), ("sae", "bt-f")]
+    best = min(comparison.rows, key=lambda r: r["mse"])
+    assert f"{best['mse']:.4g}*" in comparison.table()
+    comparison.save(tmp_path / "compare.json")
+    assert json.loads((tmp_path / "compare.json").read_text())["rows"] == comparison.rows
+
+    evaluate({"sae": sae}, lm, dialogues(3)).save(runs[1].path / "report.json")
+    with pytest.raises(UserError, match="other dialogues"):
+        compare(runs)
+    (runs[1].path / "report.json").write_text("{")
+    with pytest.raises(UserError, match=r"report.json is damaged.*chatsae eval"):
+        compare(runs)
+    (runs[1].path / "report.json").unlink()
+    with pytest.raises(UserError, match="chatsae eval"):
+        compare(runs)
+    for run in runs:
+        run.close()

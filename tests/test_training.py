@@ -1,0 +1,270 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import chatsae as cs
+from chatsae.config import RunConfig, sae_specs
+from chatsae.errors import UserError
+from chatsae.lm.load import LanguageModel
+from chatsae.recipe import load_recipe
+from chatsae.cli import main
+from chatsae.runs import Checkpoint, Run
+from chatsae.sae.grid import build_grid
+from chatsae.sae.step import make_state
+from chatsae.training.loop import train
+from chatsae.training.pipeline import activations
+from chatsae.training.session import train_run
+from chatsae.training.state import snapshot
+from tiny_models import tiny_model, tiny_tokenizer
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+
+
+def write_dialogues(path: Path, n: int = 120) -> Path:
+    rng = random.Random(0)
+    with path.open("w") as file:
+        for i in range(n):
+            turns = [
+                {"role": role, "content": f"{i} " + " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))}
+                for role in ("user", "assistant")
+            ]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A tiny model, a dialogue file and a recipe of 4 SAEs over two layers."""
+    root = tmp_path_factory.mktemp("world")
+    tiny_tokenizer(tiny_model(root / "model"))
+    write_dialogues(root / "chat.jsonl")
+    (root / "recipe.yaml").write_text(
+        f"""
+model: {{name: {root / "model"}, layers: [0, 2]}}
+data: {{sources: [{root / "chat.jsonl"}], text_sources: [{root / "chat.jsonl"}], block_size: 64, epochs: 0}}
+harvest: {{token_budget: 256, pool: 32}}
+buffer: {{capacity: 600}}
+sae: {{architectures: [standard, jumprelu], expansion_factors: [2], lrs: [1.0e-3]}}
+train: {{tokens: 6000, batch_size: 50, log_every: 5, checkpoint_every: 7}}
+eval: {{dialogues: 5}}
+"""
+    )
+    return root
+
+
+def config_of(world: Path) -> RunConfig:
+    return load_recipe(world / "recipe.yaml")
+
+
+def start(config: RunConfig, checkpoint: Checkpoint | None = None):
+    lm = LanguageModel(config.model.name, config.model.layers)
+    acts = activations(config, lm, skip=0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"])
+    return lm, build_grid(sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in), config.train.seed), acts
+
+
+def test_every_sae_learns_and_the_run_directory_explains_itself(world, tmp_path):
+    summary = train_run(config_of(world), tmp_path / "run")
+    assert (summary.ending, summary.steps, summary.tokens) == ("done", 120, 6000)
+    run = Run.read(tmp_path / "run")
+    first, last = run.metrics()[0], run.metrics()[-1]
+    assert last["step"] == 120
+    names = ["L0-2x-standard", "L0-2x-jumprelu", "L2-2x-standard", "L2-2x-jumprelu"]
+    assert list(last["saes"]) == names
+    for name in names:
+        assert last["saes"][name]["mse"] < first["saes"][name]["mse"]
+    assert [p.name for p in run.sae_directories()] == sorted(names)
+    assert sum(summary.shares.values()) == pytest.approx(1)
+    assert not list((run.path / "checkpoints").iterdir())
+    again = train_run(config_of(world), tmp_path / "run")
+    assert again == summary
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(world, tmp_path):
+    config = config_of(world)
+    weights = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_run(replace(config, train=replace(config.train, seed=seed)), tmp_path / name)
+        weights.append(load_file(tmp_path / name / "saes" / "L2-2x-standard" / "sae_weights.safetensors"))
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+    assert not torch.equal(weights[0]["W_dec"], weights[2]["W_dec"])
+
+
+def test_stopped_and_resumed_equals_uninterrupted_in_every_tensor(world, tmp_path):
+    """Weights, moments, counts, buffer, generator: all of the state, not only what is saved at the end."""
+    config = config_of(world)
+    _, saes, acts = start(config)
+    states = []
+
+    class Whole(Run):
+        def save_checkpoint(self, checkpoint):
+            states.append({k: v.clone() for k, v in checkpoint.tensors.items()} | checkpoint.facts)
+
+    train(saes, acts, config.train, run=Whole.open(tmp_path / "whole", config))
+    uninterrupted = {s["sae/L0-2x-standard/step"]: s for s in states}
+
+    run = Run.open(tmp_path / "parts", config)
+    for until in (21, 49, 119):
+        before = run.load_checkpoint()
+        _, saes, acts = start(config, before)
+
+        class Stop(Run):
+            def save_checkpoint(self, checkpoint, until=until):
+                super().save_checkpoint(checkpoint)
+                if checkpoint.step >= until:
+                    raise KeyboardInterrupt
+
+        part = Stop(run.path, config)
+        with pytest.raises(KeyboardInterrupt):
+            train(saes, acts, config.train, run=part, checkpoint=before)
+        checkpoint = run.load_checkpoint()
+        assert checkpoint is not None
+        assert checkpoint.step == until
+        resumed, whole = checkpoint.tensors | checkpoint.facts, uninterrupted[until]
+        assert resumed.keys() == whole.keys()
+        for key, value in whole.items():
+            same = torch.equal(resumed[key], value) if isinstance(value, torch.Tensor) else resumed[key] == value
+            assert same, key
+    run.close()
+
+
+def command(world: Path, out: Path) -> list[str]:
+    return [sys.executable, "-m", "chatsae.cli", "train", str(world / "recipe.yaml"), "--out", str(out)]
+
+
+def test_kill_9_at_a_random_step_then_resume_gives_the_same_bits(world, tmp_path):
+    train_run(config_of(world), tmp_path / "whole")
+    step = random.Random(time.time_ns()).randrange(10, 100)
+    process = subprocess.Popen(command(world, tmp_path / "killed"), stderr=subprocess.PIPE)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    while process.poll() is None:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if len(lines) * 5 >= step:
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    done = subprocess.run(command(world, tmp_path / "killed"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for file in sorted((tmp_path / "whole" / "saes").rglob("*.safetensors")):
+        other = load_file(tmp_path / "killed" / file.relative_to(tmp_path / "whole"))
+        for key, value in load_file(file).items():
+            assert torch.equal(value, other[key]), (file, key)
+    whole, killed = Run.read(tmp_path / "whole").metrics(), Run.read(tmp_path / "killed").metrics()
+    assert [(r["step"], r["saes"]) for r in whole] == [(r["step"], r["saes"]) for r in killed]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path):
+    process = subprocess.Popen(
+        [*command(world, tmp_path / "run"), "--train.tokens", "60000000"], stderr=subprocess.PIPE, text=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, text = process.communicate(timeout=60)
+    assert process.returncode == 130, text
+    assert "the same command goes on where it stopped" in text
+    assert "Traceback" not in text
+    checkpoint = Run.read(tmp_path / "run").load_checkpoint()
+    assert checkpoint is not None
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, tmp_path, capsys):
+    config = config_of(world)
+    run = Run.open(tmp_path / "run", config)
+    _, saes, acts = start(config)
+
+    class Stop(Run):
+        def save_checkpoint(self, checkpoint):
+            super().save_checkpoint(checkpoint)
+            if checkpoint.step == 21:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(saes, acts, config.train, run=Stop(run.path, config))
+    run.close()
+    newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    data = (newest / "state.safetensors").read_bytes()
+    (newest / "state.safetensors").write_bytes(data[: len(data) // 2])
+    train_run(config, tmp_path / "run")
+    text = capsys.readouterr().err
+    assert "step-000000021 is damaged" in text
+    assert "resuming at step 14" in text
+    train_run(config, tmp_path / "whole")
+    for name in ("L0-2x-standard", "L2-2x-jumprelu"):
+        ours, theirs = (load_file(tmp_path / r / "saes" / name / "sae_weights.safetensors") for r in ("run", "whole"))
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_data_that_ends_early_is_said_and_saved(world, tmp_path):
+    config = config_of(world)
+    config = replace(config, data=replace(config.data, epochs=1), train=replace(config.train, tokens=10**6))
+    summary = train_run(config, tmp_path / "run")
+    assert summary.ending == "data ended"
+    assert 0 < summary.tokens < 10**6
+    assert Run.read(tmp_path / "run").sae_directories()
+
+
+def test_training_without_a_run_directory(world):
+    config = config_of(world)
+    _, saes, acts = start(config)
+    before = {name: sae.W_enc.detach().clone() for name, sae in saes.items()}
+    summary = train(saes, acts, cs.TrainConfig(tokens=500, batch_size=50))
+    assert summary.steps == 10
+    assert all(not torch.equal(before[name], sae.W_enc) for name, sae in saes.items())
+
+
+def test_nan_weights_of_the_model_name_layer_and_dialogue(world, tmp_path):
+    config = config_of(world)
+    lm, saes, _ = start(config)
+    with torch.no_grad():
+        next(lm.blocks[2].parameters()).fill_(float("nan"))
+    acts = activations(config, lm)
+    with pytest.raises(UserError, match=r"layer 2, dialogue .*NaN"):
+        train(saes, acts, config.train)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.layers", "9"], "layer 9 does not exist"),
+        (["--model.name", "/no/such/model"], "/no/such/model"),
+        (["--data.sources", "/no/such/file.jsonl"], "/no/such/file.jsonl"),
+        (["--train.tokens", "10"], "train.tokens is 10, less than one batch"),
+        (["--buffer.capacity", "60"], "capacity"),
+        (["--train.lr-warmup-share", "2"], "lr_warmup_share must be between 0 and 1"),
+        (["--harvest.pool", "0"], "harvest.pool must be at least 1"),
+        (["--data.method", "bt-p"], "text"),
+    ],
+)
+def test_bad_values_exit_with_2_and_one_clear_line(world, tmp_path, flags, message, capsys):
+    code = main(["train", str(world / "recipe.yaml"), "--out", str(tmp_path / "run"), *flags])
+    text = capsys.readouterr().err
+    assert code == 2
+    assert message in text
+    assert text.startswith("error: ") or "\nerror: " in text
+
+
+def test_a_snapshot_holds_every_parameter_and_the_buffer(world):
+    config = config_of(world)
+    _, saes, acts = start(config)
+    states = {name: make_state(sae) for name, sae in saes.items()}
+    next(acts)
+    checkpoint = snapshot(3, states, acts)
+    for name, sae in saes.items():
+        for parameter, value in sae.named_parameters():
+            assert torch.equal(checkpoint.tensors[f"sae/{name}/sae.{parameter}"], value)
+    assert any(k.startswith("buffer/") for k in checkpoint.tensors)
+    assert os.path.basename(config.model.name) == "model"

@@ -1,0 +1,1 @@
+"""How the bundled tiny chat model is made: tokenizer, training, measurements, model card."""
