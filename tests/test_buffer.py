@@ -92,9 +92,7 @@ def through_a_file(mixer: Mixer) -> dict[str, Tensor]:
 
 @SETTINGS
 @given(sizes=SIZES, shape=SHAPES, at=st.integers(0, 10), n=st.integers(1, 50))
-def test_peek_takes_waiting_rows_and_changes_nothing(
-    sizes: list[int], shape: tuple[int, int], at: int, n: int
-) -> None:
+def test_peek_takes_waiting_rows_and_changes_nothing(sizes: list[int], shape: tuple[int, int], at: int, n: int) -> None:
     batch_size, capacity = shape
     whole = list(mix(Source(sizes), capacity=capacity, batch_size=batch_size))
     mixer = mix(Source(sizes), capacity=capacity, batch_size=batch_size)
@@ -135,7 +133,9 @@ def test_what_is_mixed_does_not_come_in_order() -> None:
     rows = torch.tensor(row_numbers(mix(Source([50] * 40), capacity=1000, batch_size=20)), dtype=torch.float64)
     steps = rows.diff()
     assert float((steps == 1).double().mean()) < 0.01
-    assert not torch.equal(rows, torch.tensor(row_numbers(mix(Source([50] * 40), capacity=1000, batch_size=20, seed=1))))
+    assert not torch.equal(
+        rows, torch.tensor(row_numbers(mix(Source([50] * 40), capacity=1000, batch_size=20, seed=1)))
+    )
 
 
 def test_dtype_generator_and_early_reading() -> None:

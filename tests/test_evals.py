@@ -40,7 +40,7 @@ def dialogues(n: int = 7) -> list[Dialogue]:
 
 def residuals(lm: LanguageModel) -> list[torch.Tensor]:
     """The slow way: one dialogue at a time."""
-    tokens = [t for t in render(dialogues(), lm.tokenizer)]
+    tokens = list(render(dialogues(), lm.tokenizer))
     full, found = lm.with_head(), []
     for batch in tokens:
         for row in torch.split(batch.input_ids, batch.lengths.tolist()):
@@ -122,7 +122,8 @@ def test_predicting_the_mean_explains_no_variance(lm):
 def test_results_equal_the_slow_way_and_do_not_depend_on_batch_size(lm):
     sae = init_sae(spec(lm.d_in), torch.Generator().manual_seed(3))
     x = residuals(lm)
-    errors = [(sae(r).double() - r.double()).square().mean(-1) for r in x]
+    with torch.no_grad():
+        errors = [(sae(r).double() - r.double()).square().mean(-1) for r in x]
     mse = sum(float(e.mean()) for e in errors) / len(errors)
     reports = [
         evaluate({"sae": sae}, lm, dialogues(), token_budget=budget).rows["sae"] for budget in (1, 50, 400, 100_000)
@@ -169,7 +170,7 @@ def test_special_tokens_by_id_and_by_template_differ_inside_content():
 
 
 def test_nothing_to_evaluate_on_is_an_error(lm):
-    with pytest.raises(UserError, match="no dialogue to evaluate on"):
+    with pytest.raises(UserError, match="gives no token sequence"):
         evaluate({"identity": identity_sae(lm.d_in)}, lm, [])
 
 

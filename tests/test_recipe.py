@@ -116,7 +116,10 @@ def test_a_wrong_recipe_names_file_field_and_expectation(tmp_path, text, message
     ("config", "message"),
     [
         (SAEConfig(architectures=("standard",), bandwidth=0.1), "sae.bandwidth is set, but only jumprelu"),
-        (SAEConfig(architectures=("jumprelu",), l1_coefficients=(1.0,)), "sae.l1_coefficients is set, but only standard"),
+        (
+            SAEConfig(architectures=("jumprelu",), l1_coefficients=(1.0,)),
+            "sae.l1_coefficients is set, but only standard",
+        ),
         (SAEConfig(architectures=()), "sae.architectures is empty"),
         (SAEConfig(lrs=(1e-3, 1e-3)), "sae.lrs holds a value twice"),
     ],

@@ -13,21 +13,20 @@ import torch
 from safetensors.torch import load_file
 
 import chatsae as cs
+from chatsae.cli import main
 from chatsae.config import RunConfig, sae_specs
 from chatsae.errors import UserError
 from chatsae.lm.load import LanguageModel
 from chatsae.recipe import load_recipe
-from chatsae.cli import main
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid
-from chatsae.sae.step import make_state
-from chatsae.training.loop import train
+from chatsae.training.loop import make_states, train, train_states
 from chatsae.training.pipeline import activations
 from chatsae.training.session import train_run
 from chatsae.training.state import snapshot
 from tiny_models import tiny_model, tiny_tokenizer
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta iota kappa".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa"]
 
 
 def write_dialogues(path: Path, n: int = 120) -> Path:
@@ -109,7 +108,9 @@ def test_stopped_and_resumed_equals_uninterrupted_in_every_tensor(world, tmp_pat
         def save_checkpoint(self, checkpoint):
             states.append({k: v.clone() for k, v in checkpoint.tensors.items()} | checkpoint.facts)
 
-    train(saes, acts, config.train, run=Whole.open(tmp_path / "whole", config))
+    recorder = Whole.open(tmp_path / "whole", config)
+    train_states(make_states(saes, config.train), acts, config.train, run=recorder)
+    recorder.close()
     uninterrupted = {s["sae/L0-2x-standard/step"]: s for s in states}
 
     run = Run.open(tmp_path / "parts", config)
@@ -125,7 +126,7 @@ def test_stopped_and_resumed_equals_uninterrupted_in_every_tensor(world, tmp_pat
 
         part = Stop(run.path, config)
         with pytest.raises(KeyboardInterrupt):
-            train(saes, acts, config.train, run=part, checkpoint=before)
+            train_states(make_states(saes, config.train), acts, config.train, run=part, checkpoint=before)
         checkpoint = run.load_checkpoint()
         assert checkpoint is not None
         assert checkpoint.step == until
@@ -193,7 +194,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, tmp_pat
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(saes, acts, config.train, run=Stop(run.path, config))
+        train_states(make_states(saes, config.train), acts, config.train, run=Stop(run.path, config))
     run.close()
     newest = max((tmp_path / "run" / "checkpoints").glob("step-*"))
     data = (newest / "state.safetensors").read_bytes()
@@ -260,7 +261,7 @@ def test_bad_values_exit_with_2_and_one_clear_line(world, tmp_path, flags, messa
 def test_a_snapshot_holds_every_parameter_and_the_buffer(world):
     config = config_of(world)
     _, saes, acts = start(config)
-    states = {name: make_state(sae) for name, sae in saes.items()}
+    states = make_states(saes, config.train)
     next(acts)
     checkpoint = snapshot(3, states, acts)
     for name, sae in saes.items():

@@ -115,7 +115,7 @@ class TokenBatch:
 
     def padded(self, pad_id: int = 0) -> Int[Tensor, "B T"]:
         """Right-padded token ids, for back ends that want a rectangle."""
-        rows = torch.split(self.input_ids, self.lengths.tolist())
+        rows = list(torch.split(self.input_ids, self.lengths.tolist()))
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
 
 

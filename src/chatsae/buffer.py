@@ -128,12 +128,11 @@ class Mixer(Iterator[Float[Tensor, "L B D"]]):
         """Put new activations where served ones were, and draw the order of the next round."""
         free, kept = self._order[: self._stop].sort().values, self._order[self._stop :]
         n_new = self._fill(free)
-        full = n_new == len(free)
         waiting = torch.cat([kept, free[:n_new]])
         shuffle = torch.randperm(len(waiting), generator=self._generator).to(waiting.device)
         self._order = waiting[shuffle]
         half = self._capacity // 2 // self._batch_size * self._batch_size
-        self._cursor, self._stop = 0, half if full else len(waiting)
+        self._cursor, self._stop = 0, half if len(waiting) == self._capacity else len(waiting)
 
     def _fill(self, free: Int[Tensor, " S"]) -> int:
         """Copy activations into free slots until they are full or the data end; returns how many were copied."""

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -158,8 +158,11 @@ def _parse(argv: list[str]) -> Callable[[], None]:
             "train", prefix_name=False, default=Train(recipe=Path(recipe), config=load_recipe(recipe))
         )
         argv = [argv[0], *argv[2:]]
+    annotated: Any = Annotated  # types made at run time, which a type checker would take for wrong annotations
+    union: Any = Union
+    kinds = tuple(annotated[verb, verbs[name]] for name, verb in _VERBS.items())
     return tyro.cli(
-        Union[tuple(Annotated[_VERBS[name], verbs[name]] for name in _VERBS)],  # noqa: UP007
+        union[kinds],
         prog="chatsae",
         description="Train, judge and steer sparse autoencoders on instruct language models, dialogue by dialogue.",
         args=argv,

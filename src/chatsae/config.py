@@ -75,7 +75,7 @@ class SAEConfig:
     expansion_factors: tuple[int, ...] = (8,)
     """d_sae / d_in."""
     form: Form = "paper"
-    """paper: unit-norm decoder rows, unweighted L1, log thresholds; v6: the current sae_lens form, which regularises."""
+    """paper: unit-norm decoder rows, unweighted L1, log thresholds; v6: sae_lens 6, which regularises."""
     l1_coefficients: tuple[float, ...] = (5.0,)
     """Weight of the L1 penalty (standard)."""
     l0_coefficients: tuple[float, ...] = (0.01,)

@@ -59,7 +59,9 @@ def progress(task: str, total: int | None) -> Iterator[Callable[..., None]]:
         bar_id = bar.add_task(task, total=total, note="")
 
         def advance(n: int = 1, note: str | None = None) -> None:
-            bar.update(bar_id, advance=n, **({} if note is None else {"note": note}))
+            bar.update(bar_id, advance=n)
+            if note is not None:
+                bar.update(bar_id, note=note)
 
         yield advance
 

@@ -3,15 +3,16 @@
 import random
 from collections.abc import Iterator, Sequence
 from itertools import count
+from typing import cast
 
 import torch
 from jaxtyping import Int
-from tinychat.tokenizer import MAX_LENGTH, rendered
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from chatsae.batch import Dialogue
 from chatsae.data import pydocs
+from tinychat.tokenizer import MAX_LENGTH, rendered
 
 IGNORED = -100  # a label that costs nothing
 Batch = tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]  # token ids; labels, shifted: what follows each token
@@ -20,7 +21,9 @@ Batch = tuple[Int[Tensor, "B T"], Int[Tensor, "B T"]]  # token ids; labels, shif
 def pages(tokenizer: PreTrainedTokenizerBase, split: pydocs.Split, seed: int, block: int) -> Int[Tensor, "B T"]:
     """The pages of one seed, each closed by <|endoftext|>, concatenated and cut into blocks; a rest is left out."""
     texts = [d.text for d in pydocs.documents(split, seed)]
-    closed = [[*ids, tokenizer.pad_token_id] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]]
+    closed = [
+        [*ids, tokenizer.pad_token_id] for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ]
     stream = torch.tensor([i for ids in closed for i in ids])
     return stream[: len(stream) // block * block].view(-1, block)
 
@@ -45,8 +48,7 @@ def encoded(tokenizer: PreTrainedTokenizerBase, dialogues: Sequence[Dialogue]) -
     """Each dialogue as the template renders it, cut at the model's length."""
     chats = list(rendered(dialogues))
     ids = tokenizer.apply_chat_template(chats, return_dict=False, truncation=True, max_length=MAX_LENGTH)
-    assert isinstance(ids, list)
-    return ids
+    return cast(list[list[int]], ids)
 
 
 def dialogue_batches(tokenizer: PreTrainedTokenizerBase, seed: int, budget: int) -> Iterator[Batch]:

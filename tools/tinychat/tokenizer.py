@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -89,9 +90,11 @@ def build(directory: Path) -> PreTrainedTokenizerBase:
 
 def load(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory, after a check of what the model and the method rely on."""
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(directory))
     if len(tokenizer) != VOCAB_SIZE or tokenizer.bos_token is not None or tokenizer.eos_token != "<|im_end|>":
-        raise RuntimeError(f"{directory}: {len(tokenizer)} tokens, bos {tokenizer.bos_token}, eos {tokenizer.eos_token}")
+        raise RuntimeError(
+            f"{directory}: {len(tokenizer)} tokens, bos {tokenizer.bos_token}, eos {tokenizer.eos_token}"
+        )
     for role in ("system", "user", "assistant"):
         ids = tokenizer.encode(f"<|im_start|>{role}\n", add_special_tokens=False)
         if tokenizer.convert_ids_to_tokens(ids) != ["<|im_start|>", role, "Ċ"]:

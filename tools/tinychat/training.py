@@ -1,6 +1,7 @@
 """The two phases of training: next tokens of pages, then the answers of dialogues."""
 
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,11 +9,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
-from tinychat.batches import IGNORED, Batch
-from tinychat.tokenizer import MAX_LENGTH, VOCAB_SIZE
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from tinychat.batches import IGNORED, Batch
+from tinychat.tokenizer import MAX_LENGTH, VOCAB_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
         use_sliding_window=False,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=None,  # as Qwen2.5's: a padding_idx would keep <|endoftext|> from being learned
     )
     return Qwen2ForCausalLM(config)
 
@@ -76,10 +79,42 @@ def loss_sum(model: Qwen2ForCausalLM, batch: Batch) -> Float[Tensor, ""]:
     return torch.nn.functional.cross_entropy(logits.float(), labels[chosen], reduction="sum")
 
 
+def join(rank: int, world: int, meeting_place: Path) -> None:
+    """Connect the processes that train together on this machine; each computes a share of every batch.
+
+    Threads that meet after every operation wait for one another as soon as anything else runs on the machine;
+    processes that meet once a step do not.
+    """
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{meeting_place}", rank=rank, world_size=world)
+
+
+def _share(batch: Batch, rank: int, world: int) -> Batch:
+    """The rows of one process; where there are too few, a row without labels."""
+    ids, labels = batch
+    if rank < len(ids):
+        return ids[rank::world], labels[rank::world]
+    return ids[:1], torch.full_like(labels[:1], IGNORED)
+
+
+def _sum_gradients(model: Qwen2ForCausalLM) -> None:
+    """Add up the gradients of all processes, in place."""
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    torch._foreach_copy_(
+        grads, [f.view_as(g) for f, g in zip(flat.split([g.numel() for g in grads]), grads, strict=True)]
+    )
+
+
 def train(
     model: Qwen2ForCausalLM, batches: Iterator[Batch], phase: Phase, *, pad_id: int, snapshots: Path, every: int = 500
 ) -> Trained:
-    """One phase; AdamW, bf16 autocast, gradients clipped to norm 1; snapshots of the weights on the way."""
+    """One phase; AdamW, bf16 autocast, gradients clipped to norm 1; snapshots of the weights on the way.
+
+    Every process sees the same batches and takes its share of the rows; the gradient is that of the whole batch.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -91,17 +126,19 @@ def train(
             group["lr"] = phase.lr_at(step)
         labels = int((batch[1] != IGNORED).sum())
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_sum(model, batch) / labels
+            loss = loss_sum(model, _share(batch, rank, world)) / labels
         loss.backward()
+        _sum_gradients(model)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         tokens += int((batch[0] != pad_id).sum())
         label_tokens += labels
-        shown = loss.item() if step == 0 else 0.95 * shown + 0.05 * loss.item()
-        if (step + 1) % 50 == 0 or step + 1 == phase.steps:
+        mean = world * loss.item()  # of this process's rows
+        shown = mean if step == 0 else 0.95 * shown + 0.05 * mean
+        if rank == 0 and ((step + 1) % 50 == 0 or step + 1 == phase.steps):
             _progress(phase, step + 1, shown, tokens, time.perf_counter() - start)
-        if (step + 1) % every == 0:
+        if rank == 0 and (step + 1) % every == 0:
             model.save_pretrained(snapshots / phase.name)
     return Trained(phase.name, phase.steps, phase.lr, tokens, label_tokens, time.perf_counter() - start)
 

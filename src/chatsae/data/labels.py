@@ -1,4 +1,4 @@
-"""What each token of a rendered dialogue is: read off where the contents lie and what the template writes between.
+"""What each token of a rendered dialogue is, read off where the contents lie and what the template writes between.
 
 A template writes a header before each content and mostly a closing token after it: `<|im_start|>user\\n` and
 `<|im_end|>`. The tokens between two contents are a gap: the end of one turn, then the header of the next. Gaps repeat
@@ -63,7 +63,7 @@ class Grammar:
     bos: int | None
     closing: frozenset[int] = frozenset()
     names: Mapping[str, Role] = field(default_factory=dict)
-    _gaps: dict[tuple[tuple[int, ...], Role | None, Role | None], Labels] = field(default_factory=dict)
+    _gaps: dict[tuple[tuple[int, ...], Role | None, Role | None], Labels] = field(default_factory=dict, init=False)
 
     def label(self, ids: Sequence[int], contents: Sequence[Span], roles: Sequence[Role]) -> Labels:
         """Labels of a dialogue whose contents, one per turn and in order, are at the given spans."""
@@ -82,18 +82,28 @@ class Grammar:
         `own_system`: the dialogue brings a system turn, so that one in the text is not the template's default.
         """
         labels = Labels.empty(len(ids))
+        previous = Role.NONE
         for piece in self._pieces(ids):
             role = self.names.get(piece.word, Role.NONE)
-            default = role == Role.SYSTEM and not own_system
-            labels.role[piece.header : piece.stop] = Role.DEFAULT_SYSTEM if default else role
-            labels.kind[piece.header : piece.stop] = Kind.TEMPLATE_TEXT if default else Kind.CONTENT
+            if role == Role.SYSTEM and not own_system:
+                role = Role.DEFAULT_SYSTEM
+            labels.role[piece.start : piece.header] = previous
+            labels.role[piece.header : piece.stop] = role
+            labels.kind[piece.start : piece.header] = Kind.TEMPLATE_TEXT
+            content = Kind.TEMPLATE_TEXT if role == Role.DEFAULT_SYSTEM else Kind.CONTENT
+            labels.kind[piece.header : piece.stop] = content
             self._mark(labels, ids, piece)
+            previous = role
         return labels
 
-    def header_word(self, ids: Sequence[int]) -> str:
+    def header_name(self, gap: Sequence[int]) -> str:
         """The role's name in the header at the end of a gap; empty when there is none."""
-        *_, piece = self._pieces(ids)
+        *_, piece = self._pieces(gap)
         return piece.word
+
+    def first_control(self, gap: Sequence[int]) -> int | None:
+        """The first special token of a gap, a beginning-of-text token apart."""
+        return next((i for i in gap if self._opens(i)), None)
 
     def _gap(self, ids: tuple[int, ...], before: Role | None, after: Role | None) -> Labels:
         key = (ids, before, after)
@@ -156,10 +166,14 @@ class Grammar:
         return token in self.control and token != self.bos
 
     def _name(self, ids: Sequence[int], start: int, stop: int) -> tuple[Span, str]:
-        """The single word between the header's first special tokens and the next one, or the end of the line."""
-        line, p, end = "", start, start
+        """The one word between the header's first special tokens and the next one, or the end of the line."""
+        line, p = "", start
         while p < stop and ids[p] not in self.control and "\n" not in line and len(line) < 40:
             line += self.text(ids[p])
             p += 1
-            end = p if line != line.rstrip() + " " * 0 and not line[:-1].strip() else end
-        return (start, end), line
+        match = _NAME.fullmatch(line)
+        if match is None:
+            return (start, start), ""
+        while not self.text(ids[p - 1]).strip():
+            p -= 1
+        return (start, p), match[1]

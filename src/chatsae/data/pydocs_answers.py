@@ -99,7 +99,9 @@ def count(o: PyObject, rng: random.Random) -> str | None:
 @functools.lru_cache(maxsize=1 << 15)
 def about_parameter(o: PyObject, p: Parameter) -> str | None:
     """What the documentation says about a parameter: its entry in a list, or a sentence that marks it or names it."""
-    entry = re.search(rf"^ *[*`'\"-]*{re.escape(p.name)}[*`'\"]*(?: ?\([^)]*\))? *(?:--?|:|=) +(\S.{{8,}})$", o.doc, re.M)
+    entry = re.search(
+        rf"^ *[*`'\"-]*{re.escape(p.name)}[*`'\"]*(?: ?\([^)]*\))? *(?:--?|:|=) +(\S.{{8,}})$", o.doc, re.M
+    )
     if entry:
         return " ".join(entry[1].split())
     marked = re.compile(rf"[*`'\"]{re.escape(p.name)}[*`'\"]")
@@ -136,9 +138,12 @@ def kind(o: PyObject, rng: random.Random) -> str | None:
 
 
 def _saying(pattern: str) -> Answer:
+    """The first sentence with a pattern, for what can be called."""
     search = re.compile(pattern)
 
     def answer(o: PyObject, rng: random.Random) -> str | None:
+        if o.kind not in ("function", "method") or o.flavour == "property":
+            return None
         return next((s for s in sentences(o.doc) if search.search(s)), None)
 
     return answer
@@ -157,7 +162,9 @@ def example(o: PyObject, rng: random.Random) -> str | None:
 def bases(o: PyObject, rng: random.Random) -> str | None:
     if o.kind != "class":
         return None
-    return f"It inherits from {_and(list(o.bases))}." if o.bases else "It names no base class, so it inherits from object."
+    return (
+        f"It inherits from {_and(list(o.bases))}." if o.bases else "It names no base class, so it inherits from object."
+    )
 
 
 def owner(o: PyObject, rng: random.Random) -> str | None:
@@ -191,4 +198,8 @@ def _and(names: list[str]) -> str:
 
 
 def _number(n: int) -> str:
-    return ("None", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")[n] if n <= 10 else str(n)
+    return (
+        ("None", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine", "Ten")[n]
+        if n <= 10
+        else str(n)
+    )

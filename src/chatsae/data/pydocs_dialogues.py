@@ -2,6 +2,7 @@
 
 import random
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,16 @@ _TURN_WEIGHTS = (26, 25, 19, 14, 9, 7)
 _SYSTEM_SHARE = 0.125
 _PASTED_SHARE = 0.2
 _LONGEST = 5500  # characters of a dialogue: under 2,000 tokens of the bundled tokenizer
-_WEIGHTS = {"what": 4.0, "full": 1.0, "more": 1.5, "meaning": 2.5, "methods": 1.5, "method": 2.0, "returns": 2.0, "raises": 2.0}
+_WEIGHTS = {
+    "what": 4.0,
+    "full": 1.0,
+    "more": 1.5,
+    "meaning": 2.5,
+    "methods": 1.5,
+    "method": 2.0,
+    "returns": 2.0,
+    "raises": 2.0,
+}
 _FIRST_WEIGHTS = {"what": 8.0, "full": 0.8, "more": 0.0, "method": 1.0}
 
 
@@ -81,13 +91,14 @@ def dialogue(o: PyObject, catalogue: Catalogue, rng: random.Random) -> tuple[Mes
     system = _system(rng) if rng.random() < _SYSTEM_SHARE else _System()
     wanted = rng.choices(_TURNS, _TURN_WEIGHTS)[0]
     pairs = _opening(system, rng) if wanted > 1 else []
-    closing = [_closing(rng)] if wanted > 1 and rng.random() < 0.22 else []
+    closing = [_closing(rng)] if wanted > len(pairs) + 1 and rng.random() < 0.22 else []
     room = wanted - len(pairs) - len(closing)
     pairs += _about(o, catalogue, room, rng)
     if len(pairs) + len(closing) < wanted and (relatives := catalogue.relatives(o)):
         pairs += _about_relative(rng.choice(relatives), catalogue, wanted - len(pairs) - len(closing), rng)
     messages = [Message("system", system.prompt)] if system.prompt else []
     for question, answer in _within(pairs, _LONGEST) + closing:
+        answer = textwrap.dedent(answer).strip()
         messages += [Message("user", question), Message("assistant", styled(answer, system.style, system.name))]
     return tuple(messages)
 
@@ -162,9 +173,14 @@ def _about(o: PyObject, catalogue: Catalogue, room: int, rng: random.Random) -> 
     pairs: list[tuple[str, str]] = []
     for i, turn in enumerate(chosen):
         if i > 0:
-            it = rng.choice((*words.IT[o.kind], o.short))
+            unclear = chosen[i - 1].topic == "method"  # "it" would be the method
+            it = o.short if unclear else rng.choice((*words.IT[o.kind], o.short))
             pairs.append((_lead(turn.question(it), rng), turn.answer))
-        elif turn.topic not in ("full", "more", "method", "functions", "goes_on") and len(o.doc) < 1500 and rng.random() < _PASTED_SHARE:
+        elif (
+            turn.topic not in ("full", "more", "method", "functions", "goes_on")
+            and len(o.doc) < 1500
+            and rng.random() < _PASTED_SHARE
+        ):
             pairs.append((_pasted(o, turn, rng), turn.answer))
         else:
             pairs.append((turn.question(_named(o, rng)), turn.answer))
@@ -200,12 +216,16 @@ def _turns(o: PyObject, catalogue: Catalogue, rng: random.Random) -> list[_Turn]
     defaults = [p for p in o.parameters if p.name not in ("args", "kwargs")]
     if defaults:
         p = rng.choice(defaults)
-        answered.append(("default", p.name, f"The default is {p.default}." if p.default else "It has no default, so it must be given."))
+        answered.append(
+            (
+                "default",
+                p.name,
+                f"The default is {p.default}." if p.default else "It has no default, so it must be given.",
+            )
+        )
     answered += _members(o, catalogue, rng) + _passages(o, rng)
     return [
-        _Turn(topic, rng.choice(words.QUESTIONS[topic]), part, answer)
-        for topic, part, answer in answered
-        if answer
+        _Turn(topic, rng.choice(words.QUESTIONS[topic]), part, answer) for topic, part, answer in answered if answer
     ]
 
 
@@ -239,9 +259,17 @@ def _named(o: PyObject, rng: random.Random) -> str:
     if o.kind == "module":
         forms.append(lambda: f"the module {o.name}")
     elif o.kind == "topic":
-        forms = [lambda: f'the topic "{o.short}"', lambda: f"{o.short} in Python", lambda: f"the Python topic {o.short}"]
+        forms = [
+            lambda: f'the topic "{o.short}"',
+            lambda: f"{o.short} in Python",
+            lambda: f"the Python topic {o.short}",
+        ]
     else:
-        forms += [lambda: f"{o.short} from {o.owner}", lambda: f"the {o.kind} {o.name}", lambda: f"{o.short} in {o.owner}"]
+        forms += [
+            lambda: f"{o.short} from {o.owner}",
+            lambda: f"the {o.kind} {o.name}",
+            lambda: f"{o.short} in {o.owner}",
+        ]
     return rng.choice(forms)()
 
 

@@ -18,9 +18,7 @@ Split = Literal["train", "eval", "interpret"]
 ObjectKind = Literal["module", "class", "function", "method", "topic"]
 
 _SHARES = {"train": 80, "eval": 12, "interpret": 8}
-_NOT_THE_LIBRARY = frozenset(
-    "test tests idlelib site-packages dist-packages lib2to3 turtledemo ensurepip __pycache__ lib-dynload".split()
-)
+_NOT_THE_LIBRARY = {"test", "tests", "idlelib", "site-packages", "dist-packages", "lib2to3", "turtledemo", "ensurepip"}
 _CONTROL = re.compile(r"<\|[^|>\n]{1,40}\|>|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>|\[/?INST\]")
 _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
@@ -103,7 +101,9 @@ def _library() -> tuple[tuple[PyObject, ...], dict[str, int]]:
 def _sources(root: Path) -> list[Path]:
     """The library's files, by module name."""
     paths = [
-        p for p in root.rglob("*.py") if not any(part in _NOT_THE_LIBRARY or "-" in part for part in p.parts[len(root.parts) : -1])
+        p
+        for p in root.rglob("*.py")
+        if not any(part in _NOT_THE_LIBRARY or "-" in part for part in p.parts[len(root.parts) : -1])
     ]
     return sorted(paths, key=lambda p: _module_name(p, root))
 
@@ -135,9 +135,7 @@ def _topics(tree: ast.Module) -> Iterator[PyObject]:
                 yield PyObject(f"topics.{name}", "topic", "pydoc_data.topics", f"topics.{name}", text.strip())
 
 
-def _members(
-    body: ast.AST, module: str, prefix: str, unit: str, tally: Counter[str]
-) -> Iterator[PyObject]:
+def _members(body: ast.AST, module: str, prefix: str, unit: str, tally: Counter[str]) -> Iterator[PyObject]:
     """Classes and functions of a module or class body, also those under `if` and `try`; not those in functions."""
     for node in ast.iter_child_nodes(body):
         name = f"{prefix}.{getattr(node, 'name', '')}"

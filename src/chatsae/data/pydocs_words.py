@@ -170,8 +170,27 @@ IT: dict[str, tuple[str, ...]] = {
     "topic": ("it", "this", "that", "this topic"),
 }
 
-LEAD_INS: tuple[str, ...] = ("", "", "", "", "", "And ", "OK. ", "Good. ", "One more thing: ", "Thanks! ", "I see. ", "Hm. ")
-NEXT_OBJECT: tuple[str, ...] = ("And {x}?", "What about {x}?", "Now {x}.", "And what is {x}?", "The same for {x}, please.")
+LEAD_INS: tuple[str, ...] = (
+    "",
+    "",
+    "",
+    "",
+    "",
+    "And ",
+    "OK. ",
+    "Good. ",
+    "One more thing: ",
+    "Thanks! ",
+    "I see. ",
+    "Hm. ",
+)
+NEXT_OBJECT: tuple[str, ...] = (
+    "And {x}?",
+    "What about {x}?",
+    "Now {x}.",
+    "And what is {x}?",
+    "The same for {x}, please.",
+)
 
 GREETINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("Hello!", ("Hello! What would you like to know about Python?", "Hello! Ask me about the standard library.")),
@@ -227,5 +246,8 @@ STYLES: dict[str, tuple[str, ...]] = {
     ),
     "quote": ("Begin every line of an answer with '> '.", "Answer as a quotation: put '> ' before each line."),
     "signed": ("End every answer with a line that says: {name}", "Sign each answer with your name, {name}."),
-    "polite": ("Be polite: begin every answer with 'With pleasure.'", "Begin each answer with the words 'With pleasure.'"),
+    "polite": (
+        "Be polite: begin every answer with 'With pleasure.'",
+        "Begin each answer with the words 'With pleasure.'",
+    ),
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
-from typing import get_args
+from typing import TypeVar, get_args
 
 from chatsae.batch import Dialogue, Document
 from chatsae.data import pydocs
@@ -16,6 +16,8 @@ from chatsae.data.normalise import CHAT_COLUMNS, EXTRA_COLUMNS, PAIR_COLUMNS, Re
 from chatsae.data.pydocs import Split
 from chatsae.data.readers import SUFFIXES, Row, hub_rows, local_files, local_rows
 from chatsae.errors import UserError
+
+T = TypeVar("T")
 
 _SHARES: tuple[tuple[Split, float], ...] = (("train", 0.9), ("eval", 0.06), ("interpret", 0.04))
 _HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(?::([\w.-]+))?")
@@ -55,7 +57,8 @@ def read(*sources: str, split: Split = "train", seed: int = 0, tally: Counter[st
             no dialogue of the split.
     """
     resolved = _resolve(sources, split, _CHAT)
-    return chain.from_iterable(_dialogues(source, split, seed, tally) for source in resolved)
+    dialogues = chain.from_iterable(_dialogues(source, split, seed, tally) for source in resolved)
+    return _not_empty(dialogues, sources, split)
 
 
 def read_text(
@@ -66,7 +69,8 @@ def read_text(
     Sources, split, seed, tally and errors are those of `read`.
     """
     resolved = _resolve(sources, split, _TEXT)
-    return chain.from_iterable(_documents(source, split, seed, tally) for source in resolved)
+    documents = chain.from_iterable(_documents(source, split, seed, tally) for source in resolved)
+    return _not_empty(documents, sources, split)
 
 
 def split_of(content: str) -> Split:
@@ -128,7 +132,7 @@ def _dialogues(source: _Source, split: Split, seed: int, tally: Counter[str] | N
             count.reject(found.reason, found.detail)
         elif count.accept(split, "\x1e".join(f"{m.role}\x1f{m.content}" for m in found.messages)):
             yield found
-    count.check(split)
+    count.check()
 
 
 def _documents(source: _Source, split: Split, seed: int, tally: Counter[str] | None) -> Iterator[Document]:
@@ -151,7 +155,7 @@ def _documents(source: _Source, split: Split, seed: int, tally: Counter[str] | N
             count.reject("text is not valid Unicode")
         elif count.accept(split, text):
             yield Document(id=f"{row.file}:{row.number}", source=source.name, text=text)
-    count.check(split)
+    count.check()
 
 
 def _encodable(text: str) -> bool:
@@ -167,15 +171,13 @@ class _Count:
 
     def __init__(self, source: str, noun: str, tally: Counter[str] | None) -> None:
         self.source, self.noun, self.tally = source, noun, tally
-        self.usable, self.yielded = 0, 0
+        self.usable = 0
         self.reasons: Counter[str] = Counter()
         self.first_detail: dict[str, str] = {}
 
     def accept(self, split: Split, content: str) -> bool:
-        inside = split_of(content) == split
         self.usable += 1
-        self.yielded += inside
-        return inside
+        return split_of(content) == split
 
     def reject(self, reason: str, detail: str = "") -> None:
         self.reasons[reason] += 1
@@ -183,15 +185,10 @@ class _Count:
         if self.tally is not None:
             self.tally[reason] += 1
 
-    def check(self, split: Split) -> None:
-        if self.yielded:
-            return
+    def check(self) -> None:
+        """Raises UserError when no row was usable, in whatever split."""
         if self.usable:
-            shares = ", ".join(f"{name} {share:g}" for name, share in _SHARES)
-            raise UserError(
-                f"{self.source}: none of its {self.usable} usable {self.noun}s falls into the split {split!r} "
-                f"(shares: {shares}); give a larger source"
-            )
+            return
         reasons = [
             f"{number} × {reason}" + (f" (such as {self.first_detail[reason]})" if self.first_detail[reason] else "")
             for reason, number in self.reasons.most_common()
@@ -199,3 +196,13 @@ class _Count:
         raise UserError(
             f"{self.source} holds no {self.noun}" + (f"; rejected: {', '.join(reasons)}" if reasons else "")
         )
+
+
+def _not_empty(items: Iterator[T], sources: Sequence[str], split: Split) -> Iterator[T]:
+    empty = True
+    for item in items:
+        empty = False
+        yield item
+    if empty:
+        shares = ", ".join(f"{name} {share:g}" for name, share in _SHARES)
+        raise UserError(f"{', '.join(sources)}: nothing falls into the split {split!r} ({shares}); give larger sources")

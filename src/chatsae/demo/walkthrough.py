@@ -70,9 +70,7 @@ def _ordered(group: dict[str, dict[str, Any]], metric: str) -> list[str]:
 def _ranking(group: dict[str, dict[str, Any]], metric: str) -> str:
     order = _ordered(group, metric)
     best = group[order[0]][metric]
-    return " < ".join(
-        m if m == order[0] or best <= 0 else f"{m} ({group[m][metric] / best:.2f}x)" for m in order
-    )
+    return " < ".join(m if m == order[0] or best <= 0 else f"{m} ({group[m][metric] / best:.2f}x)" for m in order)
 
 
 def _plan(config: RunConfig) -> str:

@@ -15,7 +15,6 @@ from chatsae import console
 from chatsae.batch import Dialogue, Role, TokenBatch
 from chatsae.data.render import render
 from chatsae.data.template import template_facts
-from chatsae.errors import UserError
 from chatsae.evals.loss import DeltaLoss, token_losses
 from chatsae.evals.reconstruction import Reconstruction
 from chatsae.evals.report import Report
@@ -43,7 +42,7 @@ def evaluate(
     The model runs whole: once as it is, and once more per SAE with its reconstruction in place of the residual stream.
 
     Raises:
-        UserError: no dialogue is left to evaluate on.
+        UserError: there is no dialogue to evaluate on, or the model cannot take one.
     """
     full = lm.with_head()
     special = torch.tensor(template_facts(lm.tokenizer).special_ids)
@@ -71,10 +70,13 @@ def evaluate(
                 spliced = _spliced(full, layer, sae_out.to(x), real, ids)
                 losses[name].add(clean, token_losses(spliced, ids, real.to(full.device)), assistant)
             advance(len(tokens))
-    if not n_dialogues:
-        raise UserError(f"no dialogue to evaluate on{_reasons(tally)}")
     rows = {name: sums[name].metrics() | losses[name].metrics() for name in saes}
-    facts = {"model": lm.name, "n_dialogues": n_dialogues, "max_length": max_length, "tokens_sha256": digest.hexdigest()}
+    facts = {
+        "model": lm.name,
+        "n_dialogues": n_dialogues,
+        "max_length": max_length,
+        "tokens_sha256": digest.hexdigest(),
+    }
     return Report(rows=rows, facts=facts)
 
 
@@ -128,6 +130,3 @@ def _scored(tokens: TokenBatch, real: Bool[Tensor, "B T"]) -> Int[Tensor, " M"]:
     role[real] = tokens.role.long()
     return role[:, 1:][real[:, 1:]]
 
-
-def _reasons(tally: Counter[str] | None) -> str:
-    return "" if not tally else "; dropped: " + ", ".join(f"{n} {reason}" for reason, n in tally.most_common())

@@ -33,9 +33,7 @@ class DeltaLoss:
     n_tokens: int = 0
     n_assistant: int = 0
 
-    def add(
-        self, clean: Float[Tensor, " M"], spliced: Float[Tensor, " M"], assistant: Bool[Tensor, " M"]
-    ) -> None:
+    def add(self, clean: Float[Tensor, " M"], spliced: Float[Tensor, " M"], assistant: Bool[Tensor, " M"]) -> None:
         self.clean += float(clean.sum())
         self.spliced += float(spliced.sum())
         self.clean_assistant += float(clean[assistant].sum())
@@ -44,7 +42,7 @@ class DeltaLoss:
         self.n_assistant += int(assistant.sum())
 
     def metrics(self) -> dict[str, float | None]:
-        """`loss` and `delta_loss` in nats per token, `delta_loss_percent` of the loss; the same for assistant tokens."""
+        """`loss`, `delta_loss` in nats per token, `delta_loss_percent` of the loss; the same on assistant tokens."""
         values: dict[str, float | None] = {}
         for suffix, clean, spliced, n in (
             ("", self.clean, self.spliced, self.n_tokens),

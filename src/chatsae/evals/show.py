@@ -1,5 +1,6 @@
 """Say what a directory holds."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ from chatsae.errors import UserError
 from chatsae.evals.report import Report, compare
 from chatsae.recipe import to_yaml
 from chatsae.runs import Run
-from chatsae.sae.interop import read_spec
+from chatsae.sae.interop import read as read_sae
 
 
 def describe(path: Path) -> dict[str, Any]:
@@ -19,7 +20,8 @@ def describe(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if (path / "cfg.json").is_file():
-        return {"kind": "sae", "path": str(path), **read_spec(path)}
+        spec, _, metadata = read_sae(path)
+        return {"kind": "sae", "path": str(path), **asdict(spec), "metadata": metadata}
     if (path / "config.yaml").is_file():
         return _run_facts(Run.read(path))
     runs = [Run.read(p.parent) for p in sorted(path.glob("*/config.yaml"))]

@@ -196,7 +196,8 @@ def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise UserError(f"{source.path}: no tokenizer in this directory ({' or '.join(_TOKENIZER_FILES)})")
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(source.path, **source.kwargs())
+            tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source.path, **source.kwargs())
+        return tokenizer
     except LOAD_ERRORS as error:
         raise UserError(f"{source.name}: the tokenizer cannot be read: {one_line(error)}") from None
 

@@ -166,7 +166,7 @@ def relative_error(a: Float[Tensor, "N D"], b: Float[Tensor, "N D"]) -> float:
 def isolation_error(lm: Decoder, lengths: Sequence[int] = (3, 1, 40, 17), seed: int = 0) -> float:
     """How far a few random sequences in one forward are from the same sequences one at a time; worst layer.
 
-    It is rounding (`ISOLATION_TOLERANCE`) when sequences do not see each other. Run in the model's own dtype and device.
+    It is rounding (`ISOLATION_TOLERANCE`) when sequences do not see each other. In the model's dtype, on its device.
     """
     generator = torch.Generator().manual_seed(seed)
     limit = lm.max_positions or sys.maxsize
@@ -180,13 +180,13 @@ def isolation_error(lm: Decoder, lengths: Sequence[int] = (3, 1, 40, 17), seed: 
 def bare_tokens(rows: Sequence[Tensor]) -> TokenBatch:
     """Sequences of token ids without roles or kinds, named by their index."""
     lengths = torch.tensor([0, *map(len, rows)])
-    ids = torch.cat(list(rows))
+    ids = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
     zeros = torch.zeros(len(ids), dtype=torch.uint8)
     return TokenBatch(
         names=tuple(map(str, range(len(rows)))),
         input_ids=ids,
         cu_seqlens=lengths.cumsum(0).to(torch.int32),
-        position=torch.cat([torch.arange(len(row)) for row in rows]),
+        position=torch.cat([torch.arange(n) for n in lengths.tolist()]),
         role=zeros,
         kind=zeros,
         special=zeros.bool(),

@@ -31,7 +31,8 @@ class LanguageModel:
     before the final norm.
 
     Attributes: name, layers (sorted), n_layers and d_in of the whole model, vocab_size, max_positions, rope_split
-    (sequences longer than this must not share a forward with shorter ones), device, dtype, head, model, decoder, blocks.
+    (sequences longer than this must not share a forward with shorter ones), device, dtype, head, and the modules
+    model, decoder (the model without its head) and blocks.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class LanguageModel:
         checkpoint.check_shards(self._source)
         self._full: LanguageModel | None = None
         self._adopt(self._load(config))
-        self.vocab_size: int = self.decoder.get_input_embeddings().weight.shape[0]
+        self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
         self._probe()
 
     @cached_property
@@ -102,20 +103,20 @@ class LanguageModel:
             UserError: the tokenizer has no chat template, the template refuses the messages, or they fill the context.
         """
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        turns = [m if isinstance(m, Mapping) else {"role": m.role, "content": m.content} for m in messages]
+        turns = [dict(m) if isinstance(m, Mapping) else {"role": m.role, "content": m.content} for m in messages]
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.name}: the tokenizer has no chat template; an instruct model is needed")
         try:
-            prompt_ids = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
+            rendered: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
         except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
             raise UserError(f"{self.name}: the chat template fails: {checkpoint.one_line(error)}") from None
-        n_prompt = prompt_ids["input_ids"].shape[1]
+        n_prompt = rendered["input_ids"].shape[1]
         if self.max_positions is not None:
             max_new_tokens = min(max_new_tokens, self.max_positions - n_prompt)
         if max_new_tokens < 1:
             raise UserError(f"{self.name}: a prompt of {n_prompt} tokens leaves no room for an answer")
-        answer = self.with_head()._generate(dict(prompt_ids), max_new_tokens)[0, n_prompt:]
-        return self.tokenizer.decode(answer, skip_special_tokens=True)
+        answer = self.with_head()._generate(dict(rendered), max_new_tokens)[0, n_prompt:]
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
 
     def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> torch.Tensor:
         # Whatever a model's own generation_config.json asks for, the answer is the plain greedy one.
@@ -127,13 +128,14 @@ class LanguageModel:
         with checkpoint.quiet(), torch.inference_mode():
             return self.model.generate(**{k: v.to(self.device) for k, v in inputs.items()}, generation_config=greedy)
 
-    def _adopt(self, model: PreTrainedModel) -> None:
+    def _adopt(self, model: Any) -> None:
         self.model = model
-        self.decoder: PreTrainedModel = model.get_decoder()
+        self.decoder: nn.Module = model.get_decoder()
         path = getattr(self.decoder, "chatsae_blocks", None) or find_blocks(self.decoder, self.n_layers)[0]
-        self.blocks: nn.ModuleList = self.decoder.get_submodule(path)
+        blocks: Any = self.decoder.get_submodule(path)
+        self.blocks: nn.ModuleList = blocks
 
-    def _load(self, config: PreTrainedConfig) -> PreTrainedModel:
+    def _load(self, config: PreTrainedConfig) -> Any:
         if self.head:
             return self._read(transformers.AutoModelForCausalLM, config)
         cut = _cut_class(config, keep=max(self.layers) + 1)
@@ -144,7 +146,7 @@ class LanguageModel:
                 pass  # an architecture that cannot be cut: read it whole, stop early
         return self._read(transformers.AutoModel, config)
 
-    def _read(self, factory: Any, config: PreTrainedConfig) -> PreTrainedModel:
+    def _read(self, factory: Any, config: PreTrainedConfig) -> Any:
         """Load through `factory.from_pretrained`; weights that the model does not have are not read."""
         kwargs = self._source.kwargs()
         if isinstance(factory, type) and issubclass(factory, PreTrainedModel):
@@ -228,9 +230,10 @@ def _cut_class(config: PreTrainedConfig, keep: int) -> type[PreTrainedModel] | N
     whole: Any = transformers.MODEL_MAPPING.get(type(config), None)
     if not isinstance(whole, type):
         return None
+    base: Any = whole
 
     def build(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        whole.__init__(self, config, *args, **kwargs)
+        base.__init__(self, config, *args, **kwargs)
         decoder = self.get_decoder()
         path, blocks = find_blocks(decoder, checkpoint.text_config(config).num_hidden_layers)
         decoder.chatsae_blocks = path

@@ -24,13 +24,11 @@ class Decoder(Protocol):
     vocab_size: int
     max_positions: int | None
     rope_split: int | None
-    device: torch.device
+    decoder: nn.Module
+    blocks: nn.ModuleList
 
     @property
-    def decoder(self) -> nn.Module: ...
-
-    @property
-    def blocks(self) -> nn.ModuleList: ...
+    def device(self) -> torch.device: ...
 
     def with_head(self) -> "Decoder": ...
 
@@ -69,7 +67,7 @@ def read_residuals(lm: Decoder, input_ids: Int[Tensor, "B T"]) -> list[Float[Ten
 
     def reader(layer: int) -> Hook:
         def hook(module: nn.Module, args: tuple[object, ...], output: object) -> None:
-            found[layer] = _residual(output, layer, lm.d_in)
+            found[layer] = _residual(output, layer, (*input_ids.shape, lm.d_in))
             if layer == deepest:
                 raise StopForward
 
@@ -102,10 +100,10 @@ def splice(
         raise UserError(f"layer {layer} does not exist: {lm.name} has {lm.n_layers} layers, 0..{lm.n_layers - 1}")
 
     def hook(module: nn.Module, args: tuple[object, ...], output: object) -> object:
-        x = _residual(output, layer, lm.d_in)
+        x = _residual(output, layer, (None, None, lm.d_in))
         y = replace(x)
         if y.shape != x.shape:
-            raise UserError(f"layer {layer}: the replacement is {tuple(y.shape)}, the residual stream {tuple(x.shape)}")
+            raise UserError(f"layer {layer}: the replacement is {list(y.shape)}, the residual stream {list(x.shape)}")
         y = y.to(device=x.device, dtype=x.dtype)
         return (y, *output[1:]) if isinstance(output, tuple) else y
 
@@ -116,10 +114,11 @@ def splice(
         handle.remove()
 
 
-def _residual(output: object, layer: int, d_in: int) -> Float[Tensor, "B T D"]:
+def _residual(output: object, layer: int, shape: tuple[int | None, ...]) -> Float[Tensor, "B T D"]:
     x = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(x, Tensor):
         raise UserError(f"layer {layer}: the block puts out a {type(x).__name__}, not a residual stream")
-    if x.ndim != 3 or x.shape[-1] != d_in:
-        raise UserError(f"layer {layer}: the block puts out {tuple(x.shape)}; [B, T, {d_in}] is expected")
+    if x.ndim != 3 or any(want not in (None, got) for want, got in zip(shape, x.shape, strict=True)):
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        raise UserError(f"layer {layer}: the block puts out {list(x.shape)}; [{wanted}] (B, T, d_in) is expected")
     return x

@@ -1,12 +1,33 @@
 """The SAEs of a grid, by name."""
 
 from collections.abc import Iterable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from chatsae.config import SAESpec
+from chatsae.config import SAEConfig, SAESpec, sae_specs
 from chatsae.sae.base import SAE
 from chatsae.sae.init import init_sae
+
+
+@runtime_checkable
+class _HasResidualStream(Protocol):
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+    @property
+    def d_in(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+def grid(lm: _HasResidualStream, *, seed: int = 42, **fields: Any) -> dict[str, SAE]:
+    """Fresh SAEs for every layer that `lm` reads, on its device; `fields` are those of `SAEConfig`.
+
+    Raises:
+        UserError: the fields contradict each other (see `chatsae.config.check_sae`).
+    """
+    saes = build_grid(sae_specs(SAEConfig(**fields), layers=lm.layers, d_in=lm.d_in), seed)
+    return {name: sae.to(lm.device) for name, sae in saes.items()}
 
 
 def build_grid(specs: Iterable[SAESpec], seed: int, dtype: torch.dtype = torch.float32) -> dict[str, SAE]:

@@ -129,7 +129,7 @@ def cfg_of(spec: SAESpec, *, dtype: torch.dtype, metadata: Mapping[str, Any]) ->
         "apply_b_dec_to_input": spec.apply_b_dec_to_input,
         "normalize_activations": "none",
         "reshape_activations": "none",
-        "metadata": nested,
+        "metadata": dict(sorted(nested.items())),
         # sae_lens 3 to 5
         "activation_fn_str": "relu",
         "activation_fn_kwargs": {},

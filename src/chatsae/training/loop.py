@@ -67,52 +67,71 @@ def train(
     config: TrainConfig | None = None,
     *,
     layers: Sequence[int] | None = None,
-    run: Run | None = None,
-    checkpoint: Checkpoint | None = None,
 ) -> Summary:
-    """Train all SAEs in place, each on the activations of its layer.
+    """Train all SAEs in place, each on the activations of its layer; nothing is written to disk.
 
     Args:
         saes: the grid, by name.
         acts: batches [L, N, D]; axis 0 follows `layers`.
         config: steps, schedules, seeds; the paper's by default.
         layers: the layers of axis 0; by default those of the SAEs, in rising order.
-        run: where metrics and checkpoints go.
-        checkpoint: where to go on from, to the same bits; `acts` must stand there too (`activations(skip=...)`).
 
     Raises:
         UserError: a loss is not finite, or the activations do not fit the SAEs.
     """
     config = config or TrainConfig()
-    layers = tuple(layers or sorted({sae.spec.layer for sae in saes.values()}))
-    states = {name: make_state(sae, betas=config.adam_betas) for name, sae in saes.items()}
-    first = _start(states, acts, layers, checkpoint)
-    total, meter, ending, step = config.tokens // config.batch_size, Meter(), "done", first
+    return train_states(make_states(saes, config), acts, config, layers=layers)
+
+
+def make_states(saes: Mapping[str, SAE], config: TrainConfig) -> dict[str, StepState]:
+    """Every SAE with a fresh optimizer."""
+    return {name: make_state(sae, betas=config.adam_betas) for name, sae in saes.items()}
+
+
+def train_states(
+    states: Mapping[str, StepState],
+    acts: Activations,
+    config: TrainConfig,
+    *,
+    layers: Sequence[int] | None = None,
+    run: Run | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Summary:
+    """`train` with a run directory for metrics and checkpoints.
+
+    A `checkpoint` is gone on from, to the same bits; `acts` must stand where it was made (`activations(skip=...)`).
+
+    Raises:
+        UserError: see `train`.
+    """
+    layers = tuple(layers or sorted({state.sae.spec.layer for state in states.values()}))
+    first = step = _start(states, acts, layers, checkpoint)
+    total, tokens, meter, ending = config.tokens // config.batch_size, first * config.batch_size, Meter(), "done"
     with _stop_requested() as stop, console.progress("train", total - first) as advance:
-        while step < total:
+        while step < total and ending == "done":
             batch = _next(acts, meter)
             if batch is None:
                 ending = "data ended"
                 break
             losses = _step_all(states, batch, layers, step, total, config, meter)
-            step += 1
+            step, tokens = step + 1, tokens + batch.shape[1]
+            advance(1)
             if step % config.log_every == 0 or step == total:
                 record = _record(step, first, losses, states, config, meter)
                 advance(0, _live(record))
                 if run is not None:
                     run.log(record)
-            advance(1)
-            if stop.is_set() or (run is not None and step % config.checkpoint_every == 0 and step < total):
-                if run is not None:
-                    run.save_checkpoint(snapshot(step, states, acts))
-                if stop.is_set():
-                    ending = "interrupted"
-                    break
+            if step < total and stop.is_set():
+                ending = "interrupted"
+            if run is not None and step < total and (stop.is_set() or step % config.checkpoint_every == 0):
+                run.save_checkpoint(snapshot(step, states, acts))
+    for state in states.values():
+        state.sae.before_step_()
     seconds = time.perf_counter() - meter.start
     return Summary(
         ending=ending,
         steps=step,
-        tokens=step * config.batch_size,
+        tokens=tokens,
         seconds=seconds,
         tokens_per_second=(step - first) * config.batch_size / seconds,
         shares=meter.shares(),
@@ -201,7 +220,9 @@ def _record(
 
 
 def _live(record: Mapping[str, Any]) -> str:
-    shown = [f"{n}: mse {r['mse']:.4g} l0 {r['l0']:.0f} dead {r['dead_fraction']:.0%}" for n, r in record["saes"].items()]
+    shown = [
+        f"{n}: mse {r['mse']:.4g} l0 {r['l0']:.0f} dead {r['dead_fraction']:.0%}" for n, r in record["saes"].items()
+    ]
     more = f" +{len(shown) - 2} more" if len(shown) > 2 else ""
     shares = " ".join(f"{k} {v:.0%}" for k, v in record["shares"].items())
     return f"{' | '.join(shown[:2])}{more} | {record['tokens_per_second']:,.0f} tokens/s ({shares})"

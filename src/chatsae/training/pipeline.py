@@ -4,42 +4,33 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 
-from chatsae.buffer import Mixer, mix
+from transformers import PreTrainedTokenizerBase
+
 from chatsae.batch import TokenBatch
+from chatsae.buffer import Mixer, mix
 from chatsae.config import DataConfig, RunConfig
 from chatsae.data.dedup import dedup
 from chatsae.data.render import render
 from chatsae.data.sources import read, read_text
-from chatsae.errors import UserError
 from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel
 
 
 def token_batches(
-    data: DataConfig, tokenizer: object, *, seed: int, tally: Counter[str] | None = None
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, tally: Counter[str] | None = None
 ) -> Iterator[TokenBatch]:
     """The training sequences of a method, pass after pass over its sources.
 
     Every pass has another seed, which reorders and rewords the built-in corpus. What is dropped is counted in `tally`.
 
     Raises:
-        UserError: a source cannot be read, or a whole pass yields nothing.
+        UserError: a source cannot be read, or gives no sequence.
     """
-    passes = range(data.epochs) if data.epochs else count()
-    for epoch in passes:
-        empty = True
-        for tokens in _one_pass(data, tokenizer, seed + epoch, tally):
-            empty = False
-            yield tokens
-        if empty:
-            names = data.text_sources if data.method == "bt-p" else data.sources
-            raise UserError(
-                f"data.{'text_sources' if data.method == 'bt-p' else 'sources'}: {', '.join(names)} gave no training "
-                f"sequence{_reasons(tally)}"
-            )
+    for epoch in range(data.epochs) if data.epochs else count():
+        yield from _one_pass(data, tokenizer, seed + epoch, tally)
 
 
-def _one_pass(data: DataConfig, tokenizer: object, seed: int, tally: Counter[str] | None) -> Iterator[TokenBatch]:
+def _one_pass(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, tally: Counter[str] | None) -> Iterator[TokenBatch]:
     if data.method == "bt-p":
         stream = read_text(*data.text_sources, split="train", seed=seed, tally=tally)
     else:
@@ -56,9 +47,7 @@ def _one_pass(data: DataConfig, tokenizer: object, seed: int, tally: Counter[str
     )
 
 
-def activations(
-    config: RunConfig, lm: LanguageModel, *, skip: int = 0, tally: Counter[str] | None = None
-) -> Mixer:
+def activations(config: RunConfig, lm: LanguageModel, *, skip: int = 0, tally: Counter[str] | None = None) -> Mixer:
     """The mixed activations of a run; `skip` forwards of an interrupted run are passed over without computing them."""
     tokens = token_batches(config.data, lm.tokenizer, seed=config.train.seed, tally=tally)
     harvest = Harvest(
@@ -69,10 +58,5 @@ def activations(
         seed=config.train.seed,
         skip=skip,
     )
-    return mix(
-        harvest, capacity=config.buffer.capacity, batch_size=config.train.batch_size, seed=config.train.seed
-    )
+    return mix(harvest, capacity=config.buffer.capacity, batch_size=config.train.batch_size, seed=config.train.seed)
 
-
-def _reasons(tally: Counter[str] | None) -> str:
-    return "" if not tally else "; dropped: " + ", ".join(f"{n} {reason}" for reason, n in tally.most_common())

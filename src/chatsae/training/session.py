@@ -12,7 +12,7 @@ from chatsae.errors import UserError
 from chatsae.lm.load import LanguageModel
 from chatsae.runs import Run, write_json
 from chatsae.sae.grid import build_grid
-from chatsae.training.loop import Summary, train
+from chatsae.training.loop import Summary, make_states, train_states
 from chatsae.training.pipeline import activations
 
 
@@ -49,12 +49,14 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         if checkpoint is not None:
             run.forget_after(checkpoint.step)
             console.say(f"resuming at step {checkpoint.step:,}")
-        summary = train(saes, acts, config.train, layers=lm.layers, run=run, checkpoint=checkpoint)
+        states = make_states(saes, config.train)
+        summary = train_states(states, acts, config.train, layers=lm.layers, run=run, checkpoint=checkpoint)
         console.say(_sentence(summary, tally))
         if summary.ending == "interrupted":
             return summary
-        for sae in saes.values():
-            sae.save(run.path / "saes" / sae.spec.name, metadata=_metadata(config, sae.spec, lm))
+        for name, state in states.items():
+            metadata = _metadata(config, state.sae.spec, lm)
+            state.sae.save(run.path / "saes" / name, metadata=metadata, sparsity=state.firing_frequency())
         write_json(run.path / "summary.json", asdict(summary) | {"dropped": dict(tally)})
         run.clear_checkpoints()
         return summary
