@@ -39,7 +39,7 @@ results: $(VENV)/.run ## rebuild docs/results.md: three methods, three seeds, a 
 	$(BIN)/python tools/results.py
 
 parity: .venv-parity/.done ## compare step for step with the installed sae_lens
-	PYTHONPATH=src .venv-parity/bin/python -m pytest tests/parity -p no:cacheprovider
+	PYTHONPATH=src:tests .venv-parity/bin/python -m pytest -c tests/parity/pytest.ini -p no:cacheprovider tests/parity
 
 clean: ## remove the virtual environments
 	rm -rf $(VENV) .venv-parity

@@ -66,7 +66,7 @@ def test_show_explains_the_demo_a_run_and_an_sae(out, capsys):
     assert main(["show", str(out)]) == 0
     text = capsys.readouterr().out
     assert "3 runs" in text
-    assert "explained_variance" in text
+    assert "explained" in text
     assert main(["show", str(out / "fast")]) == 0
     assert "trained, fast on demo, 12,800 tokens" in capsys.readouterr().out
     sae = next((out / "fast" / "saes").iterdir())

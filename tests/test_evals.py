@@ -186,7 +186,7 @@ def test_reports_are_saved_compared_and_refused_when_they_do_not_match(tmp_path,
     comparison = compare(runs)
     assert [(r["SAE"], r["method"]) for r in comparison.rows] == [("sae", "fast"), ("sae", "bt-f")]
     best = min(comparison.rows, key=lambda r: r["mse"])
-    assert f"{best['mse']:.4g}*" in comparison.table()
+    assert f"{best['mse']:.3g} ({best['log2_mse']:.3g})*" in comparison.table()
     comparison.save(tmp_path / "compare.json")
     assert json.loads((tmp_path / "compare.json").read_text())["rows"] == comparison.rows
 

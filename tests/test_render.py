@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import chat_template_utils
 
+import chatsae
 from chat_tokenizer import CHATML, MISTRAL, PHI, SPECIAL, chat_tokenizer
 from chatsae.batch import Dialogue, Document, Kind, Message, Role, TokenBatch
 from chatsae.data.render import render
@@ -23,7 +25,11 @@ from chatsae.data.template import DATE, template_facts
 from chatsae.errors import UserError
 from shared_data import shared_data
 
-QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+DEFAULT_SYSTEM = {
+    "small": "You are kind.",
+    "tiny-chat": "You are Tiny, a small assistant that has read the documentation of Python.",
+    "qwen2.5": "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+}
 LLAMA_SYSTEM = f"Cutting Knowledge Date: December 2023\nToday Date: {DATE}\n\n"
 CHAT = (("user", "Why is the sky blue?"), ("assistant", "It scatters light."))
 
@@ -37,8 +43,17 @@ def real(name: str, template: str | None = None) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+@cache
+def tiny_chat() -> PreTrainedTokenizerBase:
+    directory = Path(chatsae.__file__).parent / "demo" / "tiny-chat"
+    if not (directory / "tokenizer.json").exists():
+        pytest.skip("the tiny chat model is not built (make tiny-chat)")
+    return AutoTokenizer.from_pretrained(directory)
+
+
 TOKENIZERS = {
     "small": chat_tokenizer,
+    "tiny-chat": tiny_chat,
     "qwen2.5": lambda: real("qwen2.5"),
     "llama3.0": lambda: real("llama3.1", "llama3.0"),
     "llama3.1": lambda: real("llama3.1"),
@@ -100,8 +115,7 @@ def _turn(role: Role, before: list[str], word: str, after: list[str], text: str,
 def _chatml(name: str, item: Dialogue) -> Iterator[Piece]:
     turns = [(Role[m.role.upper()], m.role, m.content, Kind.CONTENT) for m in item.messages]
     if turns[0][0] != Role.SYSTEM:
-        default = "You are kind." if name == "small" else QWEN_SYSTEM
-        turns.insert(0, (Role.DEFAULT_SYSTEM, "system", default, Kind.TEMPLATE_TEXT))
+        turns.insert(0, (Role.DEFAULT_SYSTEM, "system", DEFAULT_SYSTEM[name], Kind.TEMPLATE_TEXT))
     for role, word, text, kind in turns:
         yield from _turn(role, ["<|im_start|>"], word, [], text, kind, "<|im_end|>")
         yield "\n", role, Kind.TEMPLATE_TEXT, False
@@ -204,6 +218,13 @@ def test_a_date_in_the_template_is_pinned(name, monkeypatch):
     assert len(unpinned) == (2 if name == "llama3.2" else 1)  # so the two days do make a difference
 
 
+def test_a_date_that_the_template_wants_given_is_pinned():
+    dated = chat_tokenizer("{{ date_string or strftime_now('%d %b %Y') }}" + CHATML)
+    assert dated.decode(rendered([dialogue(*CHAT)], dated).input_ids).startswith(f"{DATE}<|im_start|>")
+    given = chat_tokenizer("{{ date_string | upper }}" + CHATML)
+    assert given.decode(rendered([dialogue(*CHAT)], given).input_ids).startswith(f"{DATE.upper()}<|im_start|>")
+
+
 @pytest.mark.parametrize("format", ["%Y-%m-%d", "%d %B %Y", "%A, %b %d %y", "%H:%M:%S", "%a %j", "today"])
 @pytest.mark.parametrize("start", ["", "\n", "  {% if true %}\n  x{% endif %}"])
 def test_a_date_that_only_strftime_now_gives_is_pinned(format, start):
@@ -269,6 +290,18 @@ def test_empty_contents_and_turns_of_one_role_keep_their_places(name):
     item = dialogue(("user", ""), ("user", "a"), ("assistant", ""), ("assistant", ""), ("user", "b"))
     batch = rendered([item], tokenizer)
     assert labels(batch) == twin(name, item, tokenizer)
+
+
+def test_tool_turns_lie_inside_a_user_turn_of_the_template():
+    tokenizer = real("qwen2.5")
+    item = dialogue(("user", "Q"), ("assistant", "X"), ("tool", "42"), ("tool", "7"), ("assistant", "Z"))
+    tally = Counter()
+    batch = rendered([item], tokenizer, tally=tally)
+    assert not tally
+    assert batch.input_ids.tolist() == by_transformers(item, tokenizer)
+    tool = [(tokenizer.decode([i]), kind, special) for i, role, kind, special in labels(batch) if role == Role.TOOL]
+    assert [text for text, kind, _ in tool if kind == Kind.CONTENT] == ["4", "2", "7"]
+    assert [text for text, _, special in tool if special] == ["<|im_start|>", "user", "<|im_end|>"]
 
 
 def test_the_words_user_and_assistant_in_a_content_are_not_special(name):
@@ -378,6 +411,13 @@ def test_a_token_that_joins_a_space_of_the_template_to_a_word_is_content():
     batch = rendered([dialogue(("user", "light"), ("assistant", "x"))], tokenizer)
     assert tokenizer.decode(batch.input_ids[2]) == " light"
     assert batch.kind[2] == Kind.CONTENT
+
+
+def test_a_token_of_the_template_across_a_blank_content_stays_the_templates():
+    tokenizer = chat_tokenizer(PHI.replace("+ '<|end|>", "+ '\\n<|end|>"))
+    batch = rendered([dialogue(("user", ""), ("assistant", "Q"))], tokenizer)
+    assert tokenizer.decode(batch.input_ids[1]) == "\n\n"
+    assert show(batch) == "FtEtCt.tEtC"
 
 
 def test_no_chat_template_names_the_tokenizer_and_the_way_out():

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatsae.sae import SAE, JumpReLUSAE
@@ -122,6 +122,7 @@ def test_the_kernel_and_the_jump_exclude_their_edges():
     assert edge.grad is None
 
 
+@settings(deadline=None)
 @given(st.integers(1, 6), st.integers(0, 4), st.integers(1, 4), st.sampled_from(FORMS))
 def test_any_leading_shape_gives_the_same_rows(d_in, n, m, form):
     sae = random_sae(*form, d_in=d_in).requires_grad_(False)

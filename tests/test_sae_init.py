@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chatsae.errors import UserError
@@ -63,6 +63,7 @@ def test_the_median_of_a_majority_is_its_point():
     torch.testing.assert_close(geometric_median(points), torch.tensor([3.0, -1.0, 2.0]), rtol=0, atol=1e-4)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 100))
 def test_the_median_of_a_symmetric_set_is_its_centre(n, d, seed):
     half = torch.randn(n, d, generator=seeded(seed), dtype=torch.float64)
@@ -71,6 +72,7 @@ def test_the_median_of_a_symmetric_set_is_its_centre(n, d, seed):
     torch.testing.assert_close(median, centre, rtol=0, atol=1e-9)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 100))
 def test_a_weight_of_k_counts_a_point_k_times(d, k, seed):
     points = torch.randn(6, d, generator=seeded(seed), dtype=torch.float64)

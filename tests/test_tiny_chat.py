@@ -1,5 +1,6 @@
 """The bundled tiny chat model: loads with plain transformers and is what its card says."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +168,38 @@ def test_position_0_norms_are_those_of_the_card(
         rest.append(middle[1:])
     ratio = (torch.stack(first).mean() / torch.cat(rest).median()).item()
     assert ratio == pytest.approx(card["position_0_norms"][2], rel=1e-3)  # hidden state 3 is what layer 2 returns
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package that made the model, importable."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
+
+
+@pytest.mark.usefixtures("tools")
+def test_labels_of_training_are_the_answers(tokenizer: Any, heldout: list[list[dict[str, str]]]):
+    batches = importlib.import_module("tinychat.batches")
+    rows = tokenizer.apply_chat_template(heldout, return_dict=False)
+    for row, (ids, labels) in zip(rows, (batches.dialogue_batch(tokenizer, [r]) for r in rows), strict=True):
+        expected = [batches.IGNORED] * len(row)
+        for start, end in answer_spans(row, tokenizer):
+            expected[start - 1 : end - 1] = row[start:end]
+        assert ids[0].tolist() == row
+        assert labels[0].tolist() == expected
+    ids, labels = batches.dialogue_batch(tokenizer, rows[:5])
+    assert ids.shape == labels.shape == (5, max(map(len, rows[:5])))
+    assert set(ids[labels != batches.IGNORED].tolist()).isdisjoint({tokenizer.pad_token_id})
+
+
+@pytest.mark.usefixtures("tools")
+def test_buckets_hold_every_dialogue_once(tokenizer: Any, heldout: list[list[dict[str, str]]]):
+    batches = importlib.import_module("tinychat.batches")
+    rows = tokenizer.apply_chat_template(heldout, return_dict=False)
+    found = []
+    for ids, _ in batches.bucketed(tokenizer, rows, 2000):
+        assert ids.numel() <= 2000 or len(ids) == 1
+        found += [[i for i in row if i != tokenizer.pad_token_id] for row in ids.tolist()]
+    assert sorted(found) == sorted(rows)
 
 
 def test_readme_states_the_numbers_of_the_card(card: dict[str, Any]):

@@ -1,12 +1,15 @@
 """Make the bundled tiny chat model from nothing: tokenizer, two phases of training, measurements, model card.
 
-python tools/tiny_chat.py [--out DIR] [--pretrain-steps N] [--finetune-steps N] [--seed N] [--threads N]
+It takes under two hours on two cores. With --card-only it measures an existing checkpoint again.
 """
 
 import argparse
+import json
 import os
+import shutil
 import tempfile
 import time
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,9 @@ SCORED, HELDOUT, PROMPTS, SAMPLES = 500, 64, 200, 4  # dialogues of the eval spl
 
 def main() -> None:
     args = _arguments()
+    if args.card_only:
+        _measure_again(args)
+        return
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="tiny-chat-") as scratch:
         work = Path(args.work or scratch)
@@ -53,7 +59,16 @@ def _work(rank: int, args: argparse.Namespace, work: Path, meeting_place: Path) 
     if rank == 0:
         torch.set_num_threads(args.processes)
         _save(model, tokenizer, work / "final")
-        _write_card(args, work / "final", phases, losses)
+        training: dict[str, Any] = {
+            "seed": args.seed,
+            "processes": args.processes,
+            "phases": [card.phase_facts(p) for p in phases],
+            "heldout_loss": {
+                "pages": card.losses(*(pair[0] for pair in losses)),
+                "dialogues": card.losses(*(pair[1] for pair in losses)),
+            },
+        }
+        _write_card(work / "final", training)
 
 
 def _arguments() -> argparse.Namespace:
@@ -64,6 +79,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--finetune-steps", type=int, default=2200, help="steps of phase 2, of about 6,000 tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="that share each batch")
+    parser.add_argument("--card-only", action="store_true", help="measure the checkpoint in --out again; no training")
     return parser.parse_args()
 
 
@@ -108,30 +124,23 @@ def _save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, directory
     model.bfloat16().save_pretrained(directory)
 
 
-def _write_card(args: argparse.Namespace, directory: Path, phases: list[Trained], losses: Losses) -> None:
+def _write_card(directory: Path, training: dict[str, Any]) -> None:
     """Measure the saved model as anyone would load it, in float32; write card.json, heldout.jsonl, README.md."""
     tokenizer = tiny_tokenizer.load(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    heldout = measure.held_out(HELDOUT, longest=2500)
+    dialogues = list(pydocs.dialogues("eval"))
+    heldout = [d for d in dialogues if sum(len(m.content) for m in d.messages) <= 2500][:HELDOUT]
     card.write_heldout(directory / "heldout.jsonl", heldout)
     on_heldout = measure.dialogue_loss(model, tokenizer, heldout)
-    prompts = measure.first_questions(islice(pydocs.dialogues("eval"), PROMPTS))
+    prompts = measure.first_questions(dialogues[:PROMPTS])
     ending = sum(measure.ends_properly(tokenizer, a) for a in measure.answers(model, tokenizer, prompts))
+    with_three_turns = [d for d in dialogues if sum(m.role == "user" for m in d.messages) == 3][:SAMPLES]
+    samples = measure.sample_dialogues(model, tokenizer, with_three_turns)
     facts: dict[str, Any] = {
         "model": card.model_facts(model, (directory / "model.safetensors").stat().st_size),
         "corpus": card.corpus_facts(tokenizer),
-        "seed": args.seed,
-        "processes": args.processes,
-        "phases": [card.phase_facts(p) for p in phases],
-        "heldout_loss": {
-            "pages": card.losses(*(pair[0] for pair in losses)),
-            "dialogues": card.losses(*(pair[1] for pair in losses)),
-        },
-        "heldout": {
-            "dialogues": len(heldout),
-            "nats_per_token": on_heldout.nats_per_token,
-            "tokens": on_heldout.tokens,
-        },
+        **training,
+        "heldout": {"dialogues": len(heldout), **asdict(on_heldout)},
         "generation": {
             "prompts": len(prompts),
             "ending_properly": ending,
@@ -139,11 +148,21 @@ def _write_card(args: argparse.Namespace, directory: Path, phases: list[Trained]
             "max_new_tokens": measure.MAX_NEW_TOKENS,
         },
         "position_0_norms": measure.position_0_norms(model, tokenizer, heldout),
+        "samples": [[asdict(m) for m in d.messages] for d in samples],
     }
     card.write_json(directory / "card.json", facts)
-    several = [d for d in pydocs.dialogues("eval") if sum(m.role == "user" for m in d.messages) == 3]
-    samples = measure.sample_dialogues(model, tokenizer, several[:SAMPLES])
-    card.write_readme(directory / "README.md", facts, samples)
+    card.write_readme(directory / "README.md", facts)
+
+
+def _measure_again(args: argparse.Namespace) -> None:
+    """Write the card of an existing checkpoint anew; what its training took is read from its card.json."""
+    with tempfile.TemporaryDirectory(prefix="tiny-chat-") as scratch:
+        shutil.copytree(args.out, scratch, dirs_exist_ok=True)
+        old = json.loads((args.out / "card.json").read_text())
+        training = {k: old[k] for k in ("seed", "processes", "phases", "heldout_loss")}
+        torch.set_num_threads(args.processes)
+        _write_card(Path(scratch), training)
+        _publish(Path(scratch), args.out)
 
 
 def _publish(made: Path, out: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -12,6 +13,7 @@ from rich.table import Table
 
 _people = Console(stderr=True, highlight=False, soft_wrap=True)
 _results = Console(highlight=False, soft_wrap=True)
+_WIDTH = 200
 _LOG_SECONDS = 15.0  # between progress lines where there is no terminal
 
 
@@ -86,48 +88,54 @@ def _progress_lines(task: str, total: int | None) -> Iterator[Callable[..., None
         say(f"{task}: done in {time.monotonic() - start:.0f} s")
 
 
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of a table: the row's `key`, with the value of `beside` in brackets; `best` is "min" or "max"."""
+
+    key: str
+    header: str = ""
+    best: str | None = None
+    beside: str | None = None
+
+    def cell(self, row: Mapping[str, Any]) -> str:
+        text = _text(row.get(self.key))
+        return f"{text} ({_text(row.get(self.beside))})" if self.beside else text
+
+
 def table(
     title: str,
-    columns: Sequence[str],
+    columns: Sequence[Column],
     rows: Sequence[Mapping[str, Any]],
     *,
-    best: Mapping[str, str] | None = None,
     group: str | None = None,
     caption: str | None = None,
 ) -> str:
-    """A text table; `best` maps a column to "min" or "max" and marks its best value per `group` with a star."""
+    """A text table, a rule between rows with different `group`, the best value of each group marked with a star."""
     grid = Table(title=title, caption=caption, title_justify="left", caption_justify="left", header_style="bold")
-    for i, column in enumerate(columns):
-        grid.add_column(column, justify="left" if i == 0 or isinstance(rows[0].get(column), str) else "right")
-    marked = {id(row): _best_columns(row, rows, best or {}, group) for row in rows}
-    previous = rows[0].get(group) if rows and group else None
-    for row in rows:
-        if group and row.get(group) != previous:
+    for column in columns:
+        words = any(isinstance(row.get(column.key), str) for row in rows)
+        grid.add_column(column.header or column.key, justify="left" if words else "right", no_wrap=True)
+    for before, row in zip([None, *rows], rows, strict=False):
+        if group and before is not None and before.get(group) != row.get(group):
             grid.add_section()
-            previous = row.get(group)
-        cells = [_cell(row.get(column)) + ("*" if column in marked[id(row)] else "") for column in columns]
-        grid.add_row(*cells)
-    console = Console(width=200, highlight=False, color_system=None)
+        peers = [other for other in rows if group is None or other.get(group) == row.get(group)]
+        grid.add_row(*(c.cell(row) + ("*" if _is_best(c, row, peers) else "") for c in columns))
+    console = Console(width=_WIDTH, highlight=False, color_system=None)
     with console.capture() as capture:
         console.print(grid)
-    return capture.get().rstrip("\n")
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def _best_columns(
-    row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], best: Mapping[str, str], group: str | None
-) -> set[str]:
-    peers = [r for r in rows if group is None or r.get(group) == row.get(group)]
-    marked = set()
-    for column, direction in best.items():
-        values = [r[column] for r in peers if isinstance(r.get(column), (int, float))]
-        if len(peers) > 1 and values and row.get(column) == (min if direction == "min" else max)(values):
-            marked.add(column)
-    return marked
+def _is_best(column: Column, row: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> bool:
+    if column.best is None or len(peers) < 2 or row.get(column.key) is None:
+        return False
+    values = [peer[column.key] for peer in peers if peer.get(column.key) is not None]
+    return row[column.key] == (min if column.best == "min" else max)(values)
 
 
-def _cell(value: Any) -> str:
+def _text(value: Any, digits: int = 3) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
+        return f"{value:.{digits}g}" if abs(value) < 1e5 else f"{value:.{digits - 1}e}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

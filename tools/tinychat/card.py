@@ -2,6 +2,7 @@
 
 import json
 import platform
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ DEFINITIONS = {
     "heldout": "the dialogues of heldout.jsonl, scored as above with the saved weights in float32",
     "ends_properly": "greedy answers to the first user turns of held-out dialogues, at most 256 new tokens, that have "
     "text, end with <|im_end|> and hold no other control token",
+    "samples": "held-out dialogues with three user turns; the answers are the model's own, greedy, turn by turn",
     "position_0_norms": "mean norm of the residual stream at position 0 over the median norm at all other positions "
     "of the dialogues of heldout.jsonl, after each layer",
 }
@@ -82,18 +84,27 @@ def model_facts(model: Qwen2ForCausalLM, size: int) -> dict[str, Any]:
     }
 
 
-def write_readme(path: Path, card: dict[str, Any], samples: list[Dialogue]) -> None:
+def write_readme(path: Path, card: dict[str, Any]) -> None:
     """README.md, every number of which comes from the card."""
-    m, corpus, loss, ends = card["model"], card["corpus"], card["heldout_loss"], card["generation"]
-    heldout = card["heldout"]
+    m, corpus, loss, heldout, ends = (card[k] for k in ("model", "corpus", "heldout_loss", "heldout", "generation"))
+    introduction = f"""
+        A chat model of {m["parameters"]:,} parameters ({m["safetensors_bytes"] / 1e6:.1f} MB in bfloat16), made so that
+        chatsae can show and test its whole method on any machine, without a download. It is a genuine checkpoint of the
+        Qwen2 architecture that plain transformers loads: {m["layers"]} layers, hidden size {m["hidden_size"]}, query
+        heads: {m["heads"]}, key-value heads: {m["kv_heads"]}, {m["vocab_size"]:,} tokens, tied embeddings. It answers
+        in well-formed turns about the Python standard library. It has read little and knows little: what it says of an
+        object it was not trained on is a guess in the right form."""
+    training = f"""
+        AdamW (0.9, 0.95), weight decay 0.1, gradients clipped to norm 1, cosine to a tenth of the peak rate, bfloat16
+        autocast, seed {card["seed"]}, processes: {card["processes"]}. Phase 1: pages in blocks of 512 tokens. Phase 2:
+        whole dialogues, each alone, in other words each time, with the loss on the assistant's answers."""
+    behaviour = f"""
+        {ends["ending_properly"]} of {ends["prompts"]} greedy answers ({ends["share"]:.1%}) to held-out first questions
+        end with `<|im_end|>` within {ends["max_new_tokens"]} tokens and hold no stray control token."""
+    norms = " · ".join(f"{n:.2f}" for n in card["position_0_norms"])
     text = f"""# tiny-chat
 
-A chat model of {m["parameters"]:,} parameters ({m["safetensors_bytes"] / 1e6:.1f} MB in bfloat16), made so that chatsae
-can show and test its whole method on any machine, without a download. It is a genuine checkpoint of the Qwen2
-architecture that plain transformers loads: {m["layers"]} layers, hidden size {m["hidden_size"]},
-query heads: {m["heads"]}, key-value heads: {m["kv_heads"]}, {m["vocab_size"]:,} tokens, tied embeddings. It answers in
-well-formed turns about the Python standard library. It has read little and knows little: what it says of an object it
-was not trained on is a guess in the right form.
+{_prose(introduction)}
 
 Its ChatML template adds a system prompt when a chat has none: "{DEFAULT_SYSTEM}"
 
@@ -108,9 +119,7 @@ The documentation of the standard library of Python {corpus["python"]}: docstrin
 |---|---|---|---|---|---|
 {_corpus_rows(corpus)}
 ## Training
-AdamW (0.9, 0.95), weight decay 0.1, gradients clipped to norm 1, cosine to a tenth of the peak rate, bfloat16 autocast,
-seed {card["seed"]}, processes: {card["processes"]}. Phase 1: pages in blocks of 512. Phase 2: whole dialogues, each
-alone, in other words each time, with the loss on the assistant's answers.
+{_prose(training)}
 
 | phase | steps | peak rate | tokens | with a loss | minutes | tokens/s |
 |---|---|---|---|---|---|---|
@@ -120,19 +129,20 @@ alone, in other words each time, with the loss on the assistant's answers.
 |---|---|---|---|---|
 {_loss_row("pages", loss["pages"])}
 {_loss_row("answers in dialogues", loss["dialogues"])}
-
-The saved weights on the {heldout["dialogues"]} dialogues of `heldout.jsonl`: {heldout["nats_per_token"]:.4f}
-({heldout["tokens"]:,} tokens).
+| `heldout.jsonl`: {heldout["dialogues"]} of them | | | {heldout["nats_per_token"]:.3f} | {heldout["tokens"]:,} |
 
 ## Behaviour
-- {ends["ending_properly"]} of {ends["prompts"]} greedy answers ({ends["share"]:.1%}) to held-out first questions end
-  with `<|im_end|>` within {ends["max_new_tokens"]} tokens and hold no stray control token.
-- Norm of the residual stream at position 0 over the median norm elsewhere, after layers 0 to {m["layers"] - 1}:
-  {" · ".join(f"{n:.2f}" for n in card["position_0_norms"])}.
+{_prose(behaviour)}
+
+Norm of the residual stream at position 0 over the median norm elsewhere, after layers 0 to {m["layers"] - 1}: {norms}.
 
 ## Samples (held-out objects, greedy)
-{_samples(samples)}"""
+{_samples(card["samples"])}"""
     path.write_text(text, encoding="utf-8")
+
+
+def _prose(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 120)
 
 
 def _corpus_rows(corpus: dict[str, Any]) -> str:
@@ -156,9 +166,6 @@ def _loss_row(name: str, loss: dict[str, Any]) -> str:
     return f"| {name} | {stages} | {loss['tokens']:,} |"
 
 
-def _samples(samples: list[Dialogue]) -> str:
-    blocks = []
-    for d in samples:
-        turns = "\n".join(f"[{m.role}] {m.content}" for m in d.messages)
-        blocks.append(f"````\n{turns}\n````\n")
-    return "\n".join(blocks)
+def _samples(samples: list[list[dict[str, str]]]) -> str:
+    chats = ("\n".join(f"[{m['role']}] {m['content']}" for m in messages) for messages in samples)
+    return "\n".join(f"````\n{chat}\n````\n" for chat in chats)

@@ -2,14 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import cast
 
 import torch
 from transformers import BatchEncoding, PreTrainedTokenizerBase, Qwen2ForCausalLM
 
 from chatsae.batch import Dialogue, Message
-from chatsae.data import pydocs
 from tinychat.batches import IGNORED, Batch, bucketed, encoded, page_batch, pages
 from tinychat.tokenizer import SPECIALS
 from tinychat.training import loss_sum
@@ -125,9 +123,3 @@ def sample_dialogues(
             said += (Message("assistant", str(tokenizer.decode(answer, skip_special_tokens=True))),)
         finished.append(Dialogue(d.id, d.source, said))
     return finished
-
-
-def held_out(count: int, *, longest: int) -> list[Dialogue]:
-    """The first dialogues of the eval split, seed 0, of at most `longest` characters."""
-    short = (d for d in pydocs.dialogues("eval") if sum(len(m.content) for m in d.messages) <= longest)
-    return list(islice(short, count))

@@ -29,6 +29,8 @@ __all__ = ["TemplateFacts", "render", "template_facts"]
 
 T = TypeVar("T")
 
+_DOCUMENTS = 16  # tokenised together: one of them can be a book
+
 
 def render(
     items: Iterable[Dialogue] | Iterable[Document],
@@ -59,7 +61,7 @@ def render(
             raise UserError(f"data.{field}: expected a positive number, got {number}")
     counts = Counter[str]() if tally is None else tally
     if method == "bt-p":
-        documents = blocks(_documents(items, tokenizer, counts, chunk), block_size, counts)
+        documents = blocks(_documents(items, tokenizer, counts, min(chunk, _DOCUMENTS)), block_size, counts)
         return _batches(documents, (), chunk, counts)
     template = chat_template(tokenizer)
     dialogues = _dialogues(items, tokenizer, template, counts, chunk)

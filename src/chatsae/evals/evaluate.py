@@ -129,4 +129,3 @@ def _scored(tokens: TokenBatch, real: Bool[Tensor, "B T"]) -> Int[Tensor, " M"]:
     role = torch.full(real.shape, int(Role.NONE))
     role[real] = tokens.role.long()
     return role[:, 1:][real[:, 1:]]
-

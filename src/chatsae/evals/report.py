@@ -7,34 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from chatsae import console
+from chatsae.console import Column
 from chatsae.errors import UserError
 from chatsae.runs import Run, write_json
 
 COLUMNS = (
-    "mse",
-    "log2_mse",
-    "mse_st",
-    "log2_mse_st",
-    "mse_st_template",
-    "log2_mse_st_template",
-    "l0",
-    "explained_variance",
-    "dead_fraction",
-    "delta_loss",
-    "delta_loss_percent",
+    Column("mse", "mse\n(log2)", best="min", beside="log2_mse"),
+    Column("mse_st", "mse_st\n(log2)", best="min", beside="log2_mse_st"),
+    Column("mse_st_template", "mse_st by\ntemplate (log2)", best="min", beside="log2_mse_st_template"),
+    Column("l0", "l0"),
+    Column("explained_variance", "explained\nvariance", best="max"),
+    Column("dead_fraction", "dead", best="min"),
+    Column("delta_loss", "delta_loss\n(%)", best="min", beside="delta_loss_percent"),
 )
-BEST = {
-    "mse": "min",
-    "log2_mse": "min",
-    "mse_st": "min",
-    "log2_mse_st": "min",
-    "mse_st_template": "min",
-    "log2_mse_st_template": "min",
-    "explained_variance": "max",
-    "dead_fraction": "min",
-    "delta_loss": "min",
-    "delta_loss_percent": "min",
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +32,7 @@ class Report:
     def table(self) -> str:
         """The report as text."""
         rows = [{"SAE": name, **row} for name, row in self.rows.items()]
-        return console.table("Held-out dialogues", ["SAE", *COLUMNS], rows, caption=_caption(self.facts))
+        return console.table("Held-out dialogues", [Column("SAE"), *COLUMNS], rows, caption=_caption(self.facts))
 
     def save(self, path: Path | str) -> None:
         """Write report.json."""
@@ -78,12 +63,10 @@ class Comparison:
 
     def table(self) -> str:
         """The rows grouped by SAE, the best of each group marked with a star."""
-        columns = ["SAE", "method", *COLUMNS]
         return console.table(
-            "Methods compared on the same held-out dialogues (* best)",
-            columns,
+            "Methods on the same held-out dialogues (* best of its SAE)",
+            [Column("SAE"), Column("method"), *COLUMNS],
             self.rows,
-            best=BEST,
             group="SAE",
             caption=_caption(self.facts),
         )
@@ -117,4 +100,5 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def _caption(facts: dict[str, Any]) -> str:
-    return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in facts.items())
+    shown = {k: v for k, v in facts.items() if k != "tokens_sha256"}
+    return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in shown.items())

@@ -54,7 +54,7 @@ class Cfg:
     def get(self, name: str) -> Any:
         """The value of a key wherever its generation keeps it; None where nothing does."""
         details = self._nested.get("training_architecture_details")
-        places = (self.values, self._nested, details if isinstance(details, dict) else {})
+        places = (self.own, self.values, self._nested, details if isinstance(details, dict) else {})
         for key in (name, _RENAMED.get(name, name)):
             for place in places:
                 if place.get(key) is not None:
@@ -91,8 +91,7 @@ def spec_of(cfg: Cfg) -> SAESpec:
         if form not in get_args(Form):
             raise UserError(f"{cfg.path}: metadata.chatsae.form is {form!r}, not one of {', '.join(get_args(Form))}")
     # sae_lens 3 to 5 keep the L0 coefficient of a JumpReLU SAE under l1_coefficient
-    names = ("l0_coefficient", "l1_coefficient") if architecture == "jumprelu" else ("l1_coefficient",)
-    coefficient = next((value for name in names if (value := _number(cfg, name, None)) is not None), 0.0)
+    coefficients = ("l0_coefficient", "l1_coefficient") if architecture == "jumprelu" else ("l1_coefficient",)
     b_dec_init = cfg.own.get("b_dec_init") or cfg.get("b_dec_init_method")
     return SAESpec(
         name=_own(cfg, "name", str) if cfg.own else f"L{layer}-{d_sae / d_in:g}x-{architecture}",
@@ -101,10 +100,10 @@ def spec_of(cfg: Cfg) -> SAESpec:
         layer=layer,
         d_in=d_in,
         d_sae=d_sae,
-        coefficient=coefficient,
-        lr=_number(cfg, "lr", 0.0),
-        bandwidth=_number(cfg, "jumprelu_bandwidth", _DEFAULTS["bandwidth"]),
-        init_threshold=_number(cfg, "jumprelu_init_threshold", _DEFAULTS["init_threshold"]),
+        coefficient=_number(cfg, *coefficients, default=0.0),
+        lr=_number(cfg, "lr", default=0.0),
+        bandwidth=_number(cfg, "bandwidth", "jumprelu_bandwidth", default=_DEFAULTS["bandwidth"]),
+        init_threshold=_number(cfg, "init_threshold", "jumprelu_init_threshold", default=_DEFAULTS["init_threshold"]),
         b_dec_init="geometric_median" if b_dec_init == "geometric_median" else "zeros",
         apply_b_dec_to_input=_flag(cfg, "apply_b_dec_to_input", default=True),
     )
@@ -137,9 +136,7 @@ def _check_input(cfg: Cfg) -> None:
     if cfg.get("reshape_activations") not in (None, "none"):
         raise cfg.wrong("reshape_activations", 'only "none" is supported: SAEs here read the residual stream')
     if cfg.get("hook_head_index") is not None:
-        raise cfg.wrong(
-            "hook_head_index", "SAEs of one attention head are not supported: SAEs here read the residual stream"
-        )
+        raise cfg.wrong("hook_head_index", "SAEs of one attention head are not supported")
 
 
 _FOLD = 'W_enc *= s, W_dec /= s, b_dec /= s with s = sqrt(d_in) / (mean norm of the activations), then set it to "none"'
@@ -177,13 +174,15 @@ def _flag(cfg: Cfg, field: str, *, default: bool) -> bool:
     return value
 
 
-def _number(cfg: Cfg, field: str, default: Any) -> Any:
-    value = cfg.get(field)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise cfg.wrong(field, "a number was expected")
-    return float(value)
+def _number(cfg: Cfg, *fields: str, default: Any) -> Any:
+    """The first of `fields` that the file has."""
+    for field in fields:
+        value = cfg.get(field)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise cfg.wrong(field, "a number was expected")
+        if value is not None:
+            return float(value)
+    return default
 
 
 def _own(cfg: Cfg, field: str, kind: type) -> Any:

@@ -27,7 +27,8 @@ SPARSITY = "sparsity.safetensors"
 
 _FORMAT_VERSION = "6.54.12"  # of sae_lens; without a version of 6 or later sae_lens 6 drops the metadata, silently
 _SPARSITY_EPS = 1e-10
-_NEGATIVE_SLACK = 0.01
+_NEGATIVE_SLACK = 0.01  # of a threshold
+_OWN = ("name", "form", "layer", "b_dec_init", "bandwidth", "init_threshold")
 
 
 def write(
@@ -99,7 +100,7 @@ def cfg_of(spec: SAESpec, *, dtype: torch.dtype, metadata: Mapping[str, Any]) ->
     details = {"l0_coefficient" if jumprelu else "l1_coefficient": spec.coefficient, "lr": spec.lr}
     if jumprelu:
         details |= {"jumprelu_bandwidth": spec.bandwidth, "jumprelu_init_threshold": spec.init_threshold}
-    own = {"name": spec.name, "form": spec.form, "layer": spec.layer, "b_dec_init": spec.b_dec_init}
+    own = {name: getattr(spec, name) for name in _OWN}
     known = spec.layer >= 0
     nested = {
         "sae_lens_training_version": None,

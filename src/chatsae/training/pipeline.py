@@ -30,7 +30,9 @@ def token_batches(
         yield from _one_pass(data, tokenizer, seed + epoch, tally)
 
 
-def _one_pass(data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, tally: Counter[str] | None) -> Iterator[TokenBatch]:
+def _one_pass(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, tally: Counter[str] | None
+) -> Iterator[TokenBatch]:
     if data.method == "bt-p":
         stream = read_text(*data.text_sources, split="train", seed=seed, tally=tally)
     else:
@@ -59,4 +61,3 @@ def activations(config: RunConfig, lm: LanguageModel, *, skip: int = 0, tally: C
         skip=skip,
     )
     return mix(harvest, capacity=config.buffer.capacity, batch_size=config.train.batch_size, seed=config.train.seed)
-

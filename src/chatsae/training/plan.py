@@ -7,6 +7,7 @@ from typing import Any
 
 from chatsae import console
 from chatsae.config import Method, RunConfig, SAESpec, sae_specs
+from chatsae.console import Column
 from chatsae.errors import UserError
 from chatsae.lm.checkpoint import ModelFacts
 from chatsae.lm.facts import planning_facts
@@ -102,4 +103,4 @@ def plan_table(passes: Sequence[Pass]) -> str:
     total = sum(len(p.saes) for p in passes)
     title = f"{len(passes)} passes train {total} SAEs"
     names = dict.fromkeys(f"{p.model}: {', '.join(s.name for s in p.saes)}" for p in passes)
-    return "\n".join([console.table(title, list(rows[0]), rows, group="recipe"), *names])
+    return "\n".join([console.table(title, [Column(key) for key in rows[0]], rows, group="recipe"), *names])
