@@ -1,4 +1,4 @@
-"""Tokens per second of each stage on this machine: harvest, mixing buffer, SAE step. Prints JSON; weights are random."""
+"""Tokens per second of each stage on this machine: harvest, mixing buffer, SAE step. Prints JSON."""
 
 import json
 import time

@@ -3,18 +3,23 @@
 import json
 import logging
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import chatsae
 from chatsae.batch import Message
 from chatsae.errors import UserError
+from chatsae.lm import checkpoint
 from chatsae.lm.checkpoint import quiet
 from chatsae.lm.harvest import forward
-from chatsae.lm.load import LanguageModel, load_tokenizer, model_facts
+from chatsae.lm.load import LanguageModel, demo_model_path, load_tokenizer, model_facts
 from tiny_models import DECODERS, VOCAB, random_tokens, tiny_model, tiny_tokenizer
 
 
@@ -277,3 +282,64 @@ def test_a_tensor_missing_from_the_checkpoint(qwen: Path, tmp_path: Path) -> Non
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"1 tensors are missing from the checkpoint, layers.0.mlp.up_proj.weight"):
         LanguageModel(tmp_path, [0])
+
+
+def test_demo_is_the_bundled_model(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert demo_model_path() == Path(chatsae.__file__).parent / "demo" / "tiny-chat"
+    monkeypatch.setattr(checkpoint, "demo_model_path", lambda: qwen)
+    lm = LanguageModel("demo", [0])
+    assert (lm.name, lm.d_in) == ("demo", 32)
+    assert lm.chat("Hi", max_new_tokens=3) == LanguageModel(qwen).chat("Hi", max_new_tokens=3)
+    monkeypatch.setattr(checkpoint, "demo_model_path", lambda: tmp_path / "absent")
+    with pytest.raises(UserError, match="demo: the bundled model is missing"):
+        LanguageModel("demo", [0])
+
+
+def test_a_hub_model_in_the_cache_works_without_network(
+    qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--nobody--tiny"
+    shutil.copytree(qwen, repo / "snapshots" / ("0" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    lm = LanguageModel("nobody/tiny", [1])
+    assert torch.equal(forward(lm, random_tokens([5])), forward(LanguageModel(qwen, [1]), random_tokens([5])))
+    assert lm.tokenizer.chat_template == load_tokenizer("nobody/tiny").chat_template
+    assert lm.with_head().head
+    assert model_facts("nobody/tiny").d_in == 32
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (404, "RepoNotFound", "no such directory, and no such model on the hub"),
+        (404, "RevisionNotFound", "no revision 'v9'"),
+        (403, "GatedRepo", "gated on the hub"),
+        (500, "", "not found locally, hub unreachable"),
+    ],
+)
+def test_what_the_hub_says_is_passed_on(status: int, code: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        try:
+            with pytest.raises(UserError, match=message) as error:
+                LanguageModel("nobody/nothing", [0], revision="v9")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert str(error.value).startswith("nobody/nothing: ")
+    assert "\n" not in str(error.value)

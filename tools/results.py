@@ -89,8 +89,8 @@ Written by `make results` from `{recipe.relative_to(ROOT)}`: {len(METHODS)} meth
 ({", ".join(map(str, seeds))}), {config.train.tokens:,} training tokens each, {config.sae.form} form, evaluated on
 {config.eval.dialogues} held-out dialogues, each fed whole. Mean ± standard deviation over the seeds.
 
-Conditions: {versions["cpu_count"]} cores ({platform.machine()}), Python {versions["python"]},
-torch {versions["torch"]}, transformers {versions["transformers"]}. The bundled model has about four million parameters and knows one subject: this
+Conditions: {versions["cpu_count"]} cores ({platform.machine()}), Python {versions["python"]}, torch
+{versions["torch"]}, transformers {versions["transformers"]}. The bundled model is small and knows one subject: this
 page shows that the pipeline works and in which direction the methods differ here, not what they do on a large model.
 
 {table(found)}

@@ -68,6 +68,11 @@ class Mixer(Iterator[Float[Tensor, "L B D"]]):
         self._cursor = end
         return _rows(self._ring, slots)
 
+    @property
+    def lm_seconds(self) -> float:
+        """Seconds that the language model behind the source has worked; 0 for a source that does not measure them."""
+        return float(getattr(self._source, "seconds", 0.0))
+
     def peek(self, n: int) -> Float[Tensor, "L n D"]:
         """Up to `n` random rows of those waiting in the buffer, which is filled if it is empty.
 

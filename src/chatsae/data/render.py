@@ -44,7 +44,8 @@ def render(
 ) -> Iterator[TokenBatch]:
     """Labelled token sequences, `chunk` of them in a batch, streamed.
 
-    fast: each dialogue, rendered with the tokenizer's own chat template, is one sequence, cut at `max_length`.
+    fast: each dialogue, rendered with the tokenizer's own chat template, is one sequence, cut at `max_length` or at
+    the tokenizer's `model_max_length`, whichever is less.
     bt-f: rendered dialogues end to end, in blocks of exactly `block_size` tokens. bt-p: documents end to end, a
     beginning-of-text token before each or, where the tokenizer has none, an end-of-text token after each, in blocks.
     A dialogue that the template refuses, or that holds a special token in a content, is skipped and counted in
@@ -65,7 +66,8 @@ def render(
         return _batches(documents, (), chunk, counts)
     template = chat_template(tokenizer)
     dialogues = _dialogues(items, tokenizer, template, counts, chunk)
-    sequences = cut(dialogues, max_length, counts) if method == "fast" else blocks(dialogues, block_size, counts)
+    longest = min(max_length, tokenizer.model_max_length)  # 1e30 where the tokenizer does not say
+    sequences = cut(dialogues, longest, counts) if method == "fast" else blocks(dialogues, block_size, counts)
     return _batches(sequences, template.facts.prefix_ids, chunk, counts)
 
 

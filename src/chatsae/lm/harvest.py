@@ -1,6 +1,7 @@
 """Activations of many sequences, each as if it went through the model alone, from few forwards."""
 
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -45,11 +46,14 @@ class Harvest(Iterator[ActivationBatch]):
             raise UserError(f"{lm.name}: no layers to read; name them when the model is loaded")
         self._lm = lm
         self._batches = skip
+        self.seconds = 0.0  # spent in the model
         self._stream = islice(self._planned(tokens, token_budget, pool, seed), skip, None)
 
     def __next__(self) -> ActivationBatch:
         tokens = next(self._stream)
+        start = time.perf_counter()
         batch = ActivationBatch(acts=forward(self._lm, tokens), tokens=tokens)
+        self.seconds += time.perf_counter() - start
         self._batches += 1
         return batch
 

@@ -19,7 +19,7 @@ from chatsae.runs import Checkpoint, Run
 from chatsae.sae.base import SAE, Losses
 from chatsae.sae.init import set_b_dec_
 from chatsae.sae.step import StepState, make_state, train_step
-from chatsae.training.schedule import lr_at, sparsity_scale_at
+from chatsae.training.schedule import lr_at, sparsity_scale_at, steps_of
 from chatsae.training.state import restore, snapshot
 
 _MEDIAN_SAMPLE = 8192  # rows; 4k to 16k place the geometric median well
@@ -30,6 +30,8 @@ class Activations(Protocol):
 
     def __iter__(self) -> Iterator[Float[Tensor, "L N D"]]: ...
     def __next__(self) -> Float[Tensor, "L N D"]: ...
+    @property
+    def lm_seconds(self) -> float: ...
     def peek(self, n: int) -> Float[Tensor, "L n D"]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -106,14 +108,14 @@ def train_states(
     """
     layers = tuple(layers or sorted({state.sae.spec.layer for state in states.values()}))
     first = step = _start(states, acts, layers, checkpoint)
-    total, tokens, meter, ending = config.tokens // config.batch_size, first * config.batch_size, Meter(), "done"
+    total, tokens, meter, ending = steps_of(config).total, first * config.batch_size, Meter(), "done"
     with _stop_requested() as stop, console.progress("train", total - first) as advance:
         while step < total and ending == "done":
             batch = _next(acts, meter)
             if batch is None:
                 ending = "data ended"
                 break
-            losses = _step_all(states, batch, layers, step, total, config, meter)
+            losses = _step_all(states, batch, layers, step, config, meter)
             step, tokens = step + 1, tokens + batch.shape[1]
             advance(1)
             if step % config.log_every == 0 or step == total:
@@ -143,23 +145,22 @@ def _step_all(
     batch: Float[Tensor, "L N D"],
     layers: Sequence[int],
     step: int,
-    total: int,
     config: TrainConfig,
     meter: Meter,
 ) -> dict[str, Losses]:
-    start = time.perf_counter()
-    scale = sparsity_scale_at(step, warmup_steps=round(config.sparsity_warmup_share * total))
-    losses = {}
+    """One step of every SAE, each on the batch of its layer with the rate of its schedule."""
+    start, steps, losses = time.perf_counter(), steps_of(config), {}
+    scale = sparsity_scale_at(step, warmup_steps=steps.sparsity_warmup)
     for name, state in states.items():
         spec = state.sae.spec
         x = batch[layers.index(spec.layer)].to(state.sae.W_enc)
         lr = lr_at(
             step,
-            total_steps=total,
+            total_steps=steps.total,
             lr=spec.lr,
             lr_end=spec.lr * config.lr_end_share,
-            warmup_steps=round(config.lr_warmup_share * total),
-            decay_steps=round(config.lr_decay_share * total),
+            warmup_steps=steps.lr_warmup,
+            decay_steps=steps.lr_decay,
         )
         losses[name] = train_step(state, x, lr=lr, sparsity_scale=scale, clip_grad_norm=config.clip_grad_norm)
     meter.sae += time.perf_counter() - start
@@ -182,9 +183,9 @@ def _start(
 
 
 def _next(acts: Activations, meter: Meter) -> Float[Tensor, "L N D"] | None:
-    start, lm_before = time.perf_counter(), getattr(acts, "lm_seconds", 0.0)
+    start, lm_before = time.perf_counter(), acts.lm_seconds
     batch = next(acts, None)
-    lm = getattr(acts, "lm_seconds", 0.0) - lm_before
+    lm = acts.lm_seconds - lm_before
     meter.lm += lm
     meter.wait += time.perf_counter() - start - lm
     return batch
