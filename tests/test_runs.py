@@ -30,10 +30,19 @@ def test_a_run_is_read_back_and_taken_up_again(tmp_path):
 
 
 def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
-    Run.open(tmp_path, CONFIG).close()
+    run = Run.open(tmp_path, CONFIG)
+    run.log({"step": 1})
+    run.close()
     with pytest.raises(UserError, match=r"another recipe.*train.tokens: 1280 -> 2560"):
         Run.open(tmp_path, replace(CONFIG, train=TrainConfig(tokens=2560)))
     Run.open(tmp_path, CONFIG).close()
+
+
+def test_a_directory_in_which_nothing_was_trained_takes_another_recipe(tmp_path):
+    Run.open(tmp_path, CONFIG).close()
+    other = replace(CONFIG, train=TrainConfig(tokens=2560))
+    Run.open(tmp_path, other).close()
+    assert Run.read(tmp_path).config == other
 
 
 def _try_open(path, queue):

@@ -60,17 +60,15 @@ class Run:
         except OSError:
             run._lock.close()
             raise UserError(f"run directory {path} is in use by another process") from None
-        if (run.path / "config.yaml").exists():
-            changed = differences(load_recipe(run.path / "config.yaml"), config)
-            if changed:
-                run.close()
-                raise UserError(
-                    f"run directory {path} holds a run of another recipe; choose another --out, or delete it. "
-                    f"Differences: {'; '.join(changed)}"
-                )
-        else:
-            write_text(run.path / "config.yaml", to_yaml(config))
-            write_json(run.path / "environment.json", environment())
+        changed = differences(load_recipe(run.path / "config.yaml"), config) if run._started() else []
+        if changed:
+            run.close()
+            raise UserError(
+                f"run directory {path} holds a run of another recipe; choose another --out, or delete it. "
+                f"Differences: {'; '.join(changed)}"
+            )
+        write_text(run.path / "config.yaml", to_yaml(config))
+        write_json(run.path / "environment.json", environment())
         return run
 
     @classmethod
@@ -85,6 +83,11 @@ class Run:
             what = "holds no run (no config.yaml)" if path.is_dir() else "does not exist"
             raise UserError(f"run directory {path} {what}")
         return cls(path, load_recipe(path / "config.yaml"))
+
+    def _started(self) -> bool:
+        """Whether there is anything that another recipe would overwrite."""
+        kept = [*(self.path / "checkpoints").glob("step-*"), *(self.path / "saes").iterdir()]
+        return (self.path / "config.yaml").exists() and bool(kept or self.metrics())
 
     def close(self) -> None:
         """Let another process have the directory."""
