@@ -8,6 +8,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: more threads on
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["chatsae.batch", "chatsae.buffer", "chatsae.data", "chatsae.evals", "chatsae.lm", "chatsae.sae"],
-    "beartype.beartype",
+    ["chatsae.batch", "chatsae.buffer", "chatsae.evals", "chatsae.lm", "chatsae.sae"], "beartype.beartype"
 )

@@ -175,3 +175,21 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         mix(Source([10] * 9), capacity=40, batch_size=4).load_state_dict(state)
     with pytest.raises(UserError, match="lacks cursor, order"):
         mixer.load_state_dict({k: v for k, v in state.items() if k not in ("cursor", "order")})
+
+
+def test_filling_is_reported_and_the_models_time_passed_on():
+    batches = [ActivationBatch(torch.rand(1, 10, D), bare_tokens([torch.arange(10)])) for _ in range(6)]
+
+    class Timed:
+        seconds = 2.5
+
+        def __iter__(self):
+            return iter(batches)
+
+    mixer, filled = mix(Timed(), capacity=40, batch_size=5), []
+    mixer.on_fill = filled.append
+    assert (mixer.capacity, mixer.lm_seconds) == (40, 2.5)
+    next(mixer)
+    assert sum(filled) == 40
+    list(mixer)
+    assert sum(filled) == 60

@@ -17,18 +17,22 @@ from chatsae.data import pydocs
 from chatsae.data.pydocs_answers import ANSWERS, head, sentences, summary
 from chatsae.data.pydocs_dialogues import styled
 from chatsae.data.pydocs_objects import PyObject
-from chatsae.errors import UserError
 
 SPLITS: tuple[pydocs.Split, ...] = ("train", "eval", "interpret")
 DIGEST = """
 import hashlib
 from chatsae.data import pydocs
+from chatsae.errors import UserError
 digest = hashlib.sha256()
 for d in pydocs.dialogues("interpret", 3):
     digest.update(repr((d.id, d.messages)).encode())
 for p in pydocs.documents("interpret", 3):
     digest.update(repr((p.id, p.text)).encode())
 print(digest.hexdigest())
+try:
+    next(pydocs.dialogues("test"))
+except UserError as error:
+    print(error)
 """
 
 
@@ -47,7 +51,7 @@ def subject(dialogue: Dialogue) -> str:
     return dialogue.id.removeprefix("pydocs/").rpartition("/")[0]
 
 
-def test_two_processes_yield_the_same_bytes():
+def test_two_processes_yield_the_same_bytes_and_refuse_an_unknown_split():
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", DIGEST],
@@ -57,9 +61,11 @@ def test_two_processes_yield_the_same_bytes():
         )
         for hash_seed in ("1", "2")
     ]
-    digests = {p.communicate()[0].strip() for p in processes}
-    assert len(digests) == 1
-    assert len(digests.pop()) == 64
+    outputs = {p.communicate()[0] for p in processes}
+    assert len(outputs) == 1
+    digest, error = outputs.pop().splitlines()
+    assert len(digest) == 64
+    assert error == "pydocs: split is 'test'; expected one of train, eval, interpret"
 
 
 def test_no_object_is_in_two_splits(by_name: dict[str, PyObject]):
@@ -218,8 +224,3 @@ def test_answers_about_a_known_function():
     assert "m.f(a, b=1)" in answers["signature"]
     assert answers["bases"] == answers["owner"] == answers["example"] == "None"
     assert "from m import f" in answers["import"]
-
-
-def test_an_unknown_split_is_the_user_s_error():
-    with pytest.raises(UserError, match="'test'; expected one of train, eval, interpret"):
-        next(pydocs.dialogues("test"))  # type: ignore[arg-type]

@@ -122,6 +122,9 @@ def test_a_wrong_recipe_names_file_field_and_expectation(tmp_path, text, message
         ),
         (SAEConfig(architectures=()), "sae.architectures is empty"),
         (SAEConfig(lrs=(1e-3, 1e-3)), "sae.lrs holds a value twice"),
+        (SAEConfig(expansion_factors=(8, 0)), "sae.expansion_factors must be above 0, not 0"),
+        (SAEConfig(bandwidth=-1.0), "sae.bandwidth must be above 0"),
+        (SAEConfig(l1_coefficients=(-1.0,)), "must not be negative"),
     ],
 )
 def test_a_grid_that_would_ignore_a_field_is_refused(config, message):

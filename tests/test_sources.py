@@ -252,6 +252,7 @@ def test_what_the_hub_says_is_put_plainly(raised, says, monkeypatch):
     def refuse(*_: object, **__: object) -> None:
         raise raised
 
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(UserError, match=says) as error:
         list(read("a/b"))

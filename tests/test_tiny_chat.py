@@ -152,7 +152,7 @@ def test_answers_end_as_often_as_the_card_says(
         answer = row[: row.index(2)] if 2 in row else [0]
         proper += bool(answer) and not {0, 1} & set(answer)
     assert proper / len(out) >= card["generation"]["share"] - 0.1
-    assert card["generation"]["share"] > 0.9
+    assert card["generation"]["share"] > 0.8
     assert card["generation"]["prompts"] >= 100
 
 

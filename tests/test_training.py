@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, tmp_pat
     train_run(config, tmp_path / "run")
     text = capsys.readouterr().err
     assert "step-000000021 is damaged" in text
-    assert "resuming at step 14" in text
+    assert "resuming at step 14," in text
     train_run(config, tmp_path / "whole")
     for name in ("L0-2x-standard", "L2-2x-jumprelu"):
         ours, theirs = (load_file(tmp_path / r / "saes" / name / "sae_weights.safetensors") for r in ("run", "whole"))

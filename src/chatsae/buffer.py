@@ -1,6 +1,6 @@
 """The mixing buffer: activations leave in random order, each exactly once."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -51,6 +51,8 @@ class Mixer(Iterator[Float[Tensor, "L B D"]]):
         self._n_upstream = batches.state_dict()["batches"] if isinstance(batches, _Resumable) else 0
         self._capacity, self._batch_size, self._seed = capacity, batch_size, seed
         self._generator = torch.Generator().manual_seed(seed) if generator is None else generator
+        self.on_fill: Callable[[int], object] = lambda n: None
+        """Called with the number of activations that were just put into the ring: filling it can take minutes."""
         self._ring: Tensor | None = None
         self._pending: Tensor | None = None  # what the last batch read had beyond the free slots, [L, n, D]
         # Slots in the order they are served: those before _cursor are free, those from _stop on stay for the next
@@ -67,6 +69,11 @@ class Mixer(Iterator[Float[Tensor, "L B D"]]):
         slots = self._order[self._cursor : end]
         self._cursor = end
         return _rows(self._ring, slots)
+
+    @property
+    def capacity(self) -> int:
+        """Activations the ring holds."""
+        return self._capacity
 
     @property
     def lm_seconds(self) -> float:
@@ -152,6 +159,7 @@ class Mixer(Iterator[Float[Tensor, "L B D"]]):
             for ring, new in zip(self._ring, acts[:, : len(slots)], strict=True):
                 ring.index_copy_(0, slots, new)
             done += len(slots)
+            self.on_fill(len(slots))
             self._pending = acts[:, len(slots) :] if len(slots) < acts.shape[1] else None
         return done
 

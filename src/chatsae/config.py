@@ -189,6 +189,17 @@ def check_sae(config: SAEConfig) -> None:
             raise UserError(f"sae.{name} is empty; at least one value is needed")
         if len(set(getattr(config, name))) != len(getattr(config, name)):
             raise UserError(f"sae.{name} holds a value twice: {getattr(config, name)}")
+    positive = {
+        "expansion_factors": config.expansion_factors,
+        "lrs": config.lrs,
+        "bandwidth": (config.bandwidth,),
+        "init_threshold": (config.init_threshold,),
+    }
+    for name, values in positive.items():
+        if min(values) <= 0:
+            raise UserError(f"sae.{name} must be above 0, not {min(values)}")
+    if min(*config.l1_coefficients, *config.l0_coefficients) < 0:
+        raise UserError("sae.l1_coefficients and sae.l0_coefficients must not be negative")
     defaults = {f.name: f.default for f in fields(SAEConfig)}
     for name, architecture in _ONLY_FOR.items():
         if architecture not in config.architectures and getattr(config, name) != defaults[name]:

@@ -6,7 +6,6 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
 
 from chatsae.batch import Message
 from chatsae.data import pydocs_words as words
@@ -40,7 +39,7 @@ class Catalogue:
     functions: Mapping[str, Sequence[PyObject]]
 
     @classmethod
-    def of(cls, found: Sequence[PyObject]) -> Self:
+    def of(cls, found: Sequence[PyObject]) -> "Catalogue":
         """The documented objects, the documented methods of each class and functions of each module."""
         children, functions = defaultdict(list), defaultdict(list)
         for o in found:

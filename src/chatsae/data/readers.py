@@ -10,6 +10,7 @@ from chatsae.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
 _PARQUET_ROWS = 256  # rows decoded at a time
+_TIMEOUT = 10.0  # seconds for the one request that tells whether the hub answers
 
 
 class Row(NamedTuple):
@@ -93,6 +94,8 @@ def hub_rows(hub_id: str, config: str | None, columns: Sequence[str]) -> Iterato
     import datasets
 
     try:
+        if not Path(hub_id).is_dir():
+            _ask_hub(hub_id)
         stream = datasets.load_dataset(hub_id, config, split="train", streaming=True)
         present = stream.column_names
         if present is not None:
@@ -104,6 +107,22 @@ def hub_rows(hub_id: str, config: str | None, columns: Sequence[str]) -> Iterato
             yield Row(hub_id, number, value)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(_hub_advice(hub_id, error)) from None
+
+
+def _ask_hub(hub_id: str) -> None:
+    """One request that fails at once, where the streaming reader would retry for half a minute.
+
+    Raises:
+        OSError: the data set is not to be had (a ConnectionError when the hub does not answer).
+    """
+    from huggingface_hub import HfApi, errors
+
+    try:
+        HfApi().dataset_info(hub_id, timeout=_TIMEOUT)
+    except errors.HfHubHTTPError:
+        raise
+    except errors.HTTPError as error:
+        raise ConnectionError(str(error)) from None
 
 
 def _hub_advice(hub_id: str, error: Exception) -> str:

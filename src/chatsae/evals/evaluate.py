@@ -53,7 +53,7 @@ def evaluate(
     stream = render(islice(dialogues, limit), lm.tokenizer, method="fast", max_length=max_length, tally=tally)
     n_dialogues, digest = 0, hashlib.sha256()
     with console.progress("evaluate", limit) as advance:
-        for tokens in _batches(stream, budget):
+        for tokens in _batches(stream, budget, full.rope_split):
             n_dialogues += len(tokens)
             digest.update(tokens.input_ids.numpy().tobytes())
             ids, real = tokens.padded().to(full.device), _real(tokens)
@@ -80,9 +80,9 @@ def evaluate(
     return Report(rows=rows, facts=facts)
 
 
-def _batches(stream: Iterator[TokenBatch], budget: int) -> Iterator[TokenBatch]:
+def _batches(stream: Iterator[TokenBatch], budget: int, split: int | None) -> Iterator[TokenBatch]:
     for tokens in stream:
-        for chosen in plan(tokens.lengths.tolist(), token_budget=budget):
+        for chosen in plan(tokens.lengths.tolist(), token_budget=budget, split=split):
             yield tokens.select(chosen)
 
 

@@ -6,17 +6,17 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-_ROWS = 1024  # logits turned into losses at a time; a float64 copy of all of them would not fit for large vocabularies
+_ROWS = 1024  # logits turned into losses at a time: a float32 copy of all would not fit for large vocabularies
 
 
 def token_losses(
     logits: Float[Tensor, "B T V"], input_ids: Int[Tensor, "B T"], real: Bool[Tensor, "B T"]
 ) -> Float[Tensor, " M"]:
-    """Cross-entropy in nats of every real token but the first of its dialogue, given those before it, in float64."""
+    """Cross-entropy in nats of every real token but the first of its dialogue, given those before it, as float64."""
     targets, scored = input_ids[:, 1:], real[:, 1:]
     rows, wanted = logits[:, :-1][scored], targets[scored]
     parts = [
-        torch.nn.functional.cross_entropy(r.double(), w, reduction="none")
+        torch.nn.functional.cross_entropy(r.float(), w, reduction="none").double()
         for r, w in zip(rows.split(_ROWS), wanted.split(_ROWS), strict=True)
     ]
     return torch.cat(parts).cpu() if parts else torch.empty(0, dtype=torch.float64)

@@ -8,7 +8,7 @@ from chatsae.data.sources import read
 from chatsae.errors import UserError
 from chatsae.evals.evaluate import evaluate
 from chatsae.evals.report import Report
-from chatsae.lm.load import LanguageModel
+from chatsae.lm.load import load_model
 from chatsae.runs import Run
 from chatsae.sae.base import SAE
 
@@ -25,15 +25,7 @@ def evaluate_run(path: Path, *, dialogues: int | None = None) -> Report:
     if limit < 1:
         raise UserError(f"--dialogues must be at least 1, not {limit}")
     saes = {p.name: SAE.load(p) for p in run.sae_directories()}
-    lm = LanguageModel(
-        config.model.name,
-        config.model.layers,
-        dtype=config.model.dtype,
-        device=config.model.device,
-        revision=config.model.revision,
-        trust_remote_code=config.model.trust_remote_code,
-        head=True,
-    )
+    lm = load_model(config.model, head=True)
     for sae in saes.values():
         sae.to(lm.device)
     sources = config.eval.sources or config.data.sources

@@ -45,11 +45,15 @@ class Source:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back transformers' load reports, advice and progress bars; errors still come through."""
+def quiet(*, downloads: bool = False) -> Iterator[None]:
+    """Hold back transformers' load reports, advice and progress bars; errors still come through.
+
+    `downloads` lets the bars stand: a download of gigabytes must show that it moves.
+    """
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
+    if not downloads:
+        hf_logging.disable_progress_bar()
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from chatsae.batch import Message, TokenBatch
+from chatsae.config import ModelConfig
 from chatsae.errors import UserError
 from chatsae.lm import checkpoint
 from chatsae.lm.checkpoint import ModelFacts, demo_model_path, load_tokenizer, model_facts
@@ -152,7 +153,7 @@ class LanguageModel:
         if isinstance(factory, type) and issubclass(factory, PreTrainedModel):
             kwargs.pop("trust_remote_code")
         try:
-            with checkpoint.quiet():
+            with checkpoint.quiet(downloads=not self._source.local):
                 model, info = factory.from_pretrained(
                     self._source.path,
                     config=config,
@@ -178,6 +179,23 @@ class LanguageModel:
             deepest = read_residuals(self, ids)[-1]
         if relative_error(deepest[0, :-1], deepest[1, :-1]) > 0.1:
             raise UserError(f"{self.name}: its tokens see those after them; a decoder-only (causal) model is needed")
+
+
+def load_model(config: ModelConfig, *, head: bool = False) -> LanguageModel:
+    """The model of a configuration; `head` loads it whole.
+
+    Raises:
+        UserError: see `LanguageModel`.
+    """
+    return LanguageModel(
+        config.name,
+        config.layers,
+        dtype=config.dtype,
+        device=config.device,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        head=head,
+    )
 
 
 def pick_device(device: str | torch.device) -> torch.device:

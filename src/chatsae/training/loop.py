@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -30,6 +30,11 @@ class Activations(Protocol):
 
     def __iter__(self) -> Iterator[Float[Tensor, "L N D"]]: ...
     def __next__(self) -> Float[Tensor, "L N D"]: ...
+
+    on_fill: Callable[[int], object]
+
+    @property
+    def capacity(self) -> int: ...
     @property
     def lm_seconds(self) -> float: ...
     def peek(self, n: int) -> Float[Tensor, "L n D"]: ...
@@ -174,7 +179,9 @@ def _start(
     if checkpoint is not None:
         restore(checkpoint, states, acts)
         return checkpoint.step
-    sample = acts.peek(_MEDIAN_SAMPLE)
+    with console.progress("fill the buffer", acts.capacity) as acts.on_fill:
+        sample = acts.peek(_MEDIAN_SAMPLE)
+    acts.on_fill = lambda n: None
     if sample.shape[0] != len(layers):
         raise UserError(f"the activations hold {sample.shape[0]} layers, the SAEs want {len(layers)}: {layers}")
     for state in states.values():

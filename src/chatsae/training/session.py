@@ -1,7 +1,8 @@
 """Train a recipe in a run directory: load, harvest, mix, train, save."""
 
+import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from chatsae import console
 from chatsae.config import RunConfig, SAESpec, sae_specs
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
-from chatsae.lm.load import LanguageModel
-from chatsae.runs import Run, write_json
+from chatsae.lm.harvest import ISOLATION_TOLERANCE, isolation_error
+from chatsae.lm.load import LanguageModel, load_model
+from chatsae.runs import Checkpoint, Run, write_json
 from chatsae.sae.grid import build_grid
 from chatsae.training.loop import Summary, make_states, train_states
 from chatsae.training.pipeline import activations
@@ -29,16 +31,13 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         if finished is not None:
             console.say(f"{out} is already trained; its SAEs are in {out / 'saes'}")
             return finished
-        lm = LanguageModel(
-            config.model.name,
-            config.model.layers,
-            dtype=config.model.dtype,
-            device=config.model.device,
-            revision=config.model.revision,
-            trust_remote_code=config.model.trust_remote_code,
-        )
+        lm = load_model(config.model)
         tally: Counter[str] = Counter()
-        checkpoint = run.load_checkpoint()
+        isolation = _check_isolation(lm) if config.harvest.token_budget > 1 else 0.0
+        checkpoint = _checkpoint(run, lm)
+        if checkpoint is not None:
+            run.forget_after(checkpoint.step)
+            console.say(f"resuming at step {checkpoint.step:,}, past the data that was trained on")
         done = 0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"]
         acts = activations(config, lm, skip=done, tally=tally)
         specs = sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in)
@@ -46,9 +45,6 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         for sae in saes.values():
             sae.to(lm.device)
         console.say(f"{config.data.method}: {len(saes)} SAEs from one pass of {config.model.name}: {', '.join(saes)}")
-        if checkpoint is not None:
-            run.forget_after(checkpoint.step)
-            console.say(f"resuming at step {checkpoint.step:,}")
         states = make_states(saes, config.train)
         summary = train_states(states, acts, config.train, layers=lm.layers, run=run, checkpoint=checkpoint)
         console.say(_sentence(summary, tally))
@@ -57,11 +53,35 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         for name, state in states.items():
             metadata = _metadata(config, state.sae.spec, lm)
             state.sae.save(run.path / "saes" / name, metadata=metadata, sparsity=state.firing_frequency())
-        write_json(run.path / "summary.json", asdict(summary) | {"dropped": dict(tally)})
+        write_json(run.path / "summary.json", asdict(summary) | {"dropped": dict(tally), "isolation_error": isolation})
         run.clear_checkpoints()
         return summary
     finally:
         run.close()
+
+
+def _checkpoint(run: Run, lm: LanguageModel) -> Checkpoint | None:
+    """The checkpoint to go on from, its buffer on the device of the activations."""
+    checkpoint = run.load_checkpoint()
+    if checkpoint is not None:
+        for name in checkpoint.tensors.keys() & {"buffer/ring", "buffer/pending"}:
+            checkpoint.tensors[name] = checkpoint.tensors[name].to(lm.device)
+    return checkpoint
+
+
+def _check_isolation(lm: LanguageModel) -> float:
+    """Compare batched with one-at-a-time activations of this model on this machine, before it costs an hour.
+
+    Raises:
+        UserError: they differ by more than rounding explains.
+    """
+    error = isolation_error(lm)
+    if error > ISOLATION_TOLERANCE[lm.dtype]:
+        raise UserError(
+            f"{lm.name}: sequences that share a forward change each other's activations by {error:.2g} (relative; "
+            f"rounding explains {ISOLATION_TOLERANCE[lm.dtype]:.0e}); set harvest.token_budget to 1"
+        )
+    return error
 
 
 def check(config: RunConfig) -> None:
@@ -97,11 +117,8 @@ def _finished(run: Run) -> Summary | None:
     path = run.path / "summary.json"
     if not path.exists():
         return None
-    import json
-
     facts = json.loads(path.read_text(encoding="utf-8"))
-    facts.pop("dropped", None)
-    return Summary(**facts)
+    return Summary(**{field.name: facts[field.name] for field in fields(Summary)})
 
 
 def _metadata(config: RunConfig, spec: SAESpec, lm: LanguageModel) -> dict[str, Any]:
