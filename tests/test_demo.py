@@ -88,5 +88,7 @@ def test_the_verdict_follows_the_numbers():
 
     rows = [row("a", "fast", 2.0, 1.0, 30), row("a", "bt-f", 1.0, 3.0, 40), row("a", "bt-p", 4.0, 2.0, 50)]
     text = verdict(rows)
-    assert "a: fast < bt-p (2.00x) < bt-f (3.00x)" in text
-    assert "a: bt-f < fast (2.00x) < bt-p (4.00x), with l0 40 (bt-f), 30 (fast), 50 (bt-p)" in text
+    special, overall = text.splitlines()
+    assert "fast is best for a (bt-p 2.00 times that, bt-f 3.00 times that)" in special
+    assert "bt-f is best for a (fast 2.00 times that, bt-p 4.00 times that)" in overall
+    assert "l0 (a fast 30, bt-f 40, bt-p 50)" in overall

@@ -51,26 +51,24 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["SAE"], {})[row["method"]] = row
-    first = [f"{name}: {_ranking(group, 'mse_st')}" for name, group in groups.items()]
-    second = [
-        f"{name}: {_ranking(group, 'mse')}, with l0 "
-        + ", ".join(f"{group[m]['l0']:.0f} ({m})" for m in _ordered(group, "mse"))
-        for name, group in groups.items()
-    ]
+    special = "; ".join(_ranking(name, group, "mse_st") for name, group in groups.items())
+    overall = "; ".join(_ranking(name, group, "mse") for name, group in groups.items())
+    l0 = "; ".join(f"{name} {_l0(group)}" for name, group in groups.items())
     return (
-        f"On special tokens (mse_st, lowest first) {'; '.join(first)}.\n"
-        f"On all tokens (mse, lowest first) {'; '.join(second)}: an mse means little without its l0."
+        f"Error on special tokens (mse_st): {special}.\n"
+        f"Error on all tokens (mse): {overall}; more active features leave less error, so read it beside l0 ({l0})."
     )
 
 
-def _ordered(group: dict[str, dict[str, Any]], metric: str) -> list[str]:
-    return sorted(group, key=lambda m: group[m][metric])
+def _ranking(name: str, group: dict[str, dict[str, Any]], metric: str) -> str:
+    best, *others = sorted(group, key=lambda method: group[method][metric])
+    least = group[best][metric]
+    ratios = [f"{m} {group[m][metric] / least:.2f} times that" if least > 0 else m for m in others]
+    return f"{best} is best for {name} ({', '.join(ratios)})"
 
 
-def _ranking(group: dict[str, dict[str, Any]], metric: str) -> str:
-    order = _ordered(group, metric)
-    best = group[order[0]][metric]
-    return " < ".join(m if m == order[0] or best <= 0 else f"{m} ({group[m][metric] / best:.2f}x)" for m in order)
+def _l0(group: dict[str, dict[str, Any]]) -> str:
+    return ", ".join(f"{method} {row['l0']:.0f}" for method, row in group.items())
 
 
 def _plan(config: RunConfig) -> str:
