@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from chatsae import console
-from chatsae.config import RunConfig
+from chatsae.config import RunConfig, sae_specs
 from chatsae.errors import UserError
 from chatsae.recipe import differences, load_recipe, to_yaml
 
@@ -96,12 +96,13 @@ class Run:
             self._lock = None
 
     def sae_directories(self) -> list[Path]:
-        """The directories of the finished SAEs, in the order of their names.
+        """The directories of the finished SAEs, in the order of the grid.
 
         Raises:
             UserError: there is none yet.
         """
-        found = sorted(p.parent for p in (self.path / "saes").glob("*/cfg.json"))
+        specs = sae_specs(self.config.sae, layers=tuple(sorted(self.config.model.layers)), d_in=1)
+        found = [p for spec in specs if (p := self.path / "saes" / spec.name).joinpath("cfg.json").is_file()]
         if not found:
             raise UserError(f"run {self.path} has no finished SAE yet; `chatsae train` with the same recipe goes on")
         return found

@@ -1,5 +1,8 @@
 """The demo: the whole method on the bundled chat model, FAST against BT(F) and BT(P)."""
 
+import os
+import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -80,12 +83,13 @@ def _plan(config: RunConfig) -> str:
 
 
 def _next_steps(out: Path, seconds: float) -> str:
+    command = "chatsae" if shutil.which("chatsae") else os.path.relpath(Path(sys.executable).parent / "chatsae")
     return f"""
 Done in {seconds / 60:.1f} minutes. Everything is in {out}: compare.json, and per method config.yaml, metrics.jsonl,
 report.json and saes/ (each SAE loads in sae_lens too).
 
 Next:
-  chatsae show {out}
-  chatsae plan recipes/qwen2.5-0.5b.yaml
-  chatsae train recipes/qwen2.5-0.5b.yaml --data.method fast     # downloads Qwen2.5-0.5B-Instruct and the chat data
+  {command} show {out}
+  {command} plan recipes/qwen2.5-0.5b.yaml
+  {command} train recipes/qwen2.5-0.5b.yaml --data.method fast     # downloads Qwen2.5-0.5B-Instruct and the chat data
 """

@@ -45,7 +45,7 @@ def show_text(facts: dict[str, Any]) -> str:
 
 def _run_facts(run: Run) -> dict[str, Any]:
     metrics = run.metrics()
-    saes = sorted(p.parent.name for p in (run.path / "saes").glob("*/cfg.json"))
+    saes = [p.name for p in run.sae_directories()] if (run.path / "summary.json").exists() else []
     report = run.path / "report.json"
     return {
         "kind": "run",
