@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -235,6 +236,19 @@ def test_nan_weights_of_the_model_name_layer_and_dialogue(world, tmp_path):
     acts = activations(config, lm)
     with pytest.raises(UserError, match=r"layer 2, dialogue .*NaN"):
         train(saes, acts, config.train)
+
+
+def test_a_model_without_a_chat_template_trains_on_text_and_is_refused_for_dialogues(world, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(world / "model", base)
+    (base / "chat_template.jinja").unlink()
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(WORDS * 9)}) + "\n" for _ in range(40)))
+    flags = ["--model.name", str(base), "--data.text-sources", str(tmp_path / "text.jsonl"), "--train.tokens", "1000"]
+    recipe = ["train", str(world / "recipe.yaml"), *flags]
+    assert main([*recipe, "--out", str(tmp_path / "fast")]) == 2
+    assert "has no chat template" in capsys.readouterr().err
+    assert main([*recipe, "--out", str(tmp_path / "bt-p"), "--data.method", "bt-p"]) == 0
+    assert len(Run.read(tmp_path / "bt-p").sae_directories()) == 4
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class Report:
     def table(self) -> str:
         """The report as text."""
         rows = [{"SAE": name, **row} for name, row in self.rows.items()]
-        return console.table("Held-out dialogues", [Column("SAE"), *COLUMNS], rows, caption=_caption(self.facts))
+        columns = [Column("SAE"), *(replace(column, best=None) for column in COLUMNS)]
+        return console.table("Held-out dialogues", columns, rows, caption=_caption(self.facts))
 
     def save(self, path: Path | str) -> None:
         """Write report.json."""

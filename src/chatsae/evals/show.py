@@ -37,8 +37,10 @@ def show_text(facts: dict[str, Any]) -> str:
         return "\n".join(lines + [f"  {k}: {v}" for k, v in facts.items() if k not in ("kind", "path")])
     if facts["kind"] == "run":
         return _run_text(facts)
-    texts = [f"{facts['path']}: {len(facts['runs'])} runs", *(_run_text(run) for run in facts["runs"])]
-    if all(run["report"] for run in facts["runs"]):
+    together = all(run["report"] for run in facts["runs"])
+    texts = [f"{facts['path']}: {len(facts['runs'])} runs"]
+    texts += [_run_text(run | {"report": None} if together else run) for run in facts["runs"]]
+    if together:
         texts.append(compare([Run.read(Path(run["path"])) for run in facts["runs"]]).table())
     return "\n\n".join(texts)
 
@@ -56,6 +58,7 @@ def _run_facts(run: Run) -> dict[str, Any]:
         "tokens": run.config.train.tokens,
         "saes": saes,
         "last": metrics[-1] if metrics else None,
+        "evaluated": report.exists(),
         "report": Report.load(report).rows if report.exists() else None,
         "config": to_yaml(run.config),
     }
@@ -74,6 +77,6 @@ def _run_text(facts: dict[str, Any]) -> str:
             )
     if facts["report"]:
         lines.append(Report(facts["report"], {}).table())
-    elif facts["saes"]:
+    elif facts["saes"] and not facts["evaluated"]:
         lines.append(f"  not evaluated yet: chatsae eval {facts['path']}")
     return "\n".join(lines)

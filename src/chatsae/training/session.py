@@ -132,7 +132,7 @@ def _metadata(config: RunConfig, spec: SAESpec, lm: LanguageModel) -> dict[str, 
         "method": data.method,
         "training_tokens": config.train.tokens,
         "seed": config.train.seed,
-        "template_sha256": template_facts(lm.tokenizer).sha256,
+        "template_sha256": template_facts(lm.tokenizer).sha256 if lm.tokenizer.chat_template else None,
     }
 
 
