@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import rich.table
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _people = Console(stderr=True, highlight=False, soft_wrap=True)
 _results = Console(highlight=False, soft_wrap=True)
@@ -47,17 +47,17 @@ def progress(task: str, total: int | None) -> Iterator[Callable[..., None]]:
         with _progress_lines(task, total) as advance:
             yield advance
         return
+    whole = rich.table.Column(no_wrap=True, min_width=7)  # a long note never squeezes the times
     columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", table_column=rich.table.Column(no_wrap=True, min_width=len(task))),
+        BarColumn(bar_width=12, table_column=rich.table.Column(min_width=12)),
+        TextColumn("{task.percentage:>3.0f}%", table_column=rich.table.Column(no_wrap=True, min_width=4)),
+        TimeElapsedColumn(table_column=whole),
+        TextColumn("ETA", table_column=rich.table.Column(no_wrap=True, min_width=3)),
+        TimeRemainingColumn(table_column=whole),
+        TextColumn("{task.fields[note]}", table_column=rich.table.Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    with Progress(*columns, console=_people, refresh_per_second=4) as bar:
+    with Progress(*columns, console=_people, refresh_per_second=4, expand=True) as bar:
         bar_id = bar.add_task(task, total=total, note="")
 
         def advance(n: int = 1, note: str | None = None) -> None:
@@ -111,7 +111,9 @@ def table(
     caption: str | None = None,
 ) -> str:
     """A text table, a rule between rows with different `group`, the best value of each group marked with a star."""
-    grid = Table(title=title, caption=caption, title_justify="left", caption_justify="left", header_style="bold")
+    grid = rich.table.Table(
+        title=title, caption=caption, title_justify="left", caption_justify="left", header_style="bold"
+    )
     for column in columns:
         words = any(isinstance(row.get(column.key), str) for row in rows)
         grid.add_column(column.header or column.key, justify="left" if words else "right", no_wrap=True)

@@ -229,11 +229,11 @@ def _record(
 
 def _live(record: Mapping[str, Any]) -> str:
     shown = [
-        f"{n}: mse {r['mse']:.4g} l0 {r['l0']:.0f} dead {r['dead_fraction']:.0%}" for n, r in record["saes"].items()
+        f"{n} mse {r['mse']:.3g} l0 {r['l0']:.0f} dead {r['dead_fraction']:.0%}" for n, r in record["saes"].items()
     ]
     more = f" +{len(shown) - 2} more" if len(shown) > 2 else ""
     shares = " ".join(f"{k} {v:.0%}" for k, v in record["shares"].items())
-    return f"{' | '.join(shown[:2])}{more} | {record['tokens_per_second']:,.0f} tokens/s ({shares})"
+    return f"{record['tokens_per_second']:,.0f} tokens/s ({shares}) | {' | '.join(shown[:2])}{more}"
 
 
 @contextmanager
