@@ -1,5 +1,6 @@
 import json
 import multiprocessing
+import resource
 from dataclasses import replace
 
 import pytest
@@ -127,6 +128,31 @@ def test_an_unfinished_checkpoint_is_never_read(tmp_path):
     run.save_checkpoint(checkpoint(10))
     assert not half.exists()
     run.close()
+
+
+def _save_with_little_room(path, queue):
+    run = Run.open(path, CONFIG)
+    run.save_checkpoint(checkpoint(5))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # files cannot grow beyond this: as on a full disk
+    try:
+        run.save_checkpoint(Checkpoint(10, {"a": torch.zeros(100_000)}, {}))
+        queue.put("saved")
+    except UserError as error:
+        queue.put(str(error))
+
+
+def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_save_with_little_room, args=(tmp_path, queue))
+    process.start()
+    assert "step-000000010 cannot be written" in queue.get(timeout=60)
+    process.join()
+    run = Run.read(tmp_path)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000000005"]
+    loaded = run.load_checkpoint()
+    assert loaded is not None
+    assert loaded.step == 5
 
 
 def test_metrics_of_repeated_steps_are_dropped_and_a_cut_line_too(tmp_path):

@@ -144,6 +144,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         console.fail(str(error))
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        console.fail(f"{error.filename}: {error.strerror}")
+        return 2
     except KeyboardInterrupt:
         console.say("interrupted; the same command goes on where it stopped")
         return 130

@@ -124,19 +124,29 @@ class Run:
         write_text(self.path / "metrics.jsonl", "".join(kept))
 
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint; a kill at any moment leaves the previous ones whole."""
+        """Write a checkpoint; a kill at any moment leaves the previous ones whole.
+
+        Raises:
+            UserError: it cannot be written (a full disk, say); the previous ones are still there.
+        """
         folder = self.path / "checkpoints"
         final = folder / f"step-{checkpoint.step:09d}"
         temporary = folder / f".{final.name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        file = temporary / "state.safetensors"
-        save_file({k: v.contiguous() for k, v in checkpoint.tensors.items()}, file)
-        facts = {"step": checkpoint.step, "sha256": _sha256(file), "facts": checkpoint.facts}
-        write_json(temporary / "state.json", facts)
-        _sync(file)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            file = temporary / "state.safetensors"
+            save_file({k: v.contiguous() for k, v in checkpoint.tensors.items()}, file)
+            facts = {"step": checkpoint.step, "sha256": _sha256(file), "facts": checkpoint.facts}
+            write_json(temporary / "state.json", facts)
+            _sync(file)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(temporary, final)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(
+                f"checkpoint {final} cannot be written: {error}; the run goes on from the one before"
+            ) from None
         for old in sorted(folder.glob("step-*"))[:-_KEPT]:
             shutil.rmtree(old)
 
