@@ -46,8 +46,6 @@ def real(name: str, template: str | None = None) -> PreTrainedTokenizerBase:
 @cache
 def tiny_chat() -> PreTrainedTokenizerBase:
     directory = Path(chatsae.__file__).parent / "demo" / "tiny-chat"
-    if not (directory / "tokenizer.json").exists():
-        pytest.skip("the tiny chat model is not built (make tiny-chat)")
     return AutoTokenizer.from_pretrained(directory)
 
 

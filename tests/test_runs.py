@@ -46,6 +46,17 @@ def test_a_directory_in_which_nothing_was_trained_takes_another_recipe(tmp_path)
     assert Run.read(tmp_path).config == other
 
 
+def _elsewhere(function, path) -> str:
+    """What a function says in another process."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=function, args=(path, queue))
+    process.start()
+    said = queue.get(timeout=60)
+    process.join()
+    return said
+
+
 def _try_open(path, queue):
     try:
         Run.open(path, CONFIG)
@@ -56,12 +67,7 @@ def _try_open(path, queue):
 
 def test_a_second_process_is_kept_out(tmp_path):
     run = Run.open(tmp_path, CONFIG)
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_try_open, args=(tmp_path, queue))
-    process.start()
-    assert "in use by another process" in queue.get(timeout=60)
-    process.join()
+    assert "in use by another process" in _elsewhere(_try_open, tmp_path)
     run.close()
 
 
@@ -142,12 +148,7 @@ def _save_with_little_room(path, queue):
 
 
 def test_a_full_disk_is_said_and_the_checkpoint_before_stays(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_save_with_little_room, args=(tmp_path, queue))
-    process.start()
-    assert "step-000000010 cannot be written" in queue.get(timeout=60)
-    process.join()
+    assert "step-000000010 cannot be written" in _elsewhere(_save_with_little_room, tmp_path)
     run = Run.read(tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000000005"]
     loaded = run.load_checkpoint()
@@ -163,4 +164,12 @@ def test_metrics_of_repeated_steps_are_dropped_and_a_cut_line_too(tmp_path):
         file.write('{"step": 4')
     run.forget_after(20)
     assert run.metrics() == [{"step": 10}, {"step": 20}]
+    run.close()
+
+
+def test_a_damaged_line_of_metrics_is_named(tmp_path):
+    run = Run.open(tmp_path, CONFIG)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged"):
+        run.metrics()
     run.close()

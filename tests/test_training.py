@@ -167,6 +167,26 @@ def test_kill_9_at_a_random_step_then_resume_gives_the_same_bits(world, tmp_path
     assert [(r["step"], r["saes"]) for r in whole] == [(r["step"], r["saes"]) for r in killed]
 
 
+def test_a_kill_before_the_first_checkpoint_leaves_no_doubled_metrics(world, tmp_path):
+    train_run(config_of(world), tmp_path / "whole")
+    run = Run.open(tmp_path / "killed", config_of(world))
+    run.log({"step": 5, "saes": {}})
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    run.close()
+    train_run(config_of(world), run.path)
+    whole, killed = Run.read(tmp_path / "whole").metrics(), Run.read(run.path).metrics()
+    assert [(r["step"], r["saes"]) for r in whole] == [(r["step"], r["saes"]) for r in killed]
+
+
+def test_a_damaged_summary_is_named(world, tmp_path):
+    run = Run.open(tmp_path, config_of(world))
+    (tmp_path / "summary.json").write_text("{")
+    run.close()
+    with pytest.raises(UserError, match=r"summary.json is damaged"):
+        train_run(config_of(world), tmp_path)
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path):
     process = subprocess.Popen(
         [*command(world, tmp_path / "run"), "--train.tokens", "60000000"], stderr=subprocess.PIPE, text=True
@@ -210,10 +230,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, tmp_pat
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
-def test_data_that_ends_early_is_said_and_saved(world, tmp_path):
+def test_data_that_ends_early_is_said_and_saved(world, tmp_path, capsys):
     config = config_of(world)
     config = replace(config, data=replace(config.data, epochs=1), train=replace(config.train, tokens=10**6))
     summary = train_run(config, tmp_path / "run")
+    assert f"the data gave {summary.tokens:,} of 1,000,000 tokens" in capsys.readouterr().err
     assert summary.ending == "data ended"
     assert 0 < summary.tokens < 10**6
     assert Run.read(tmp_path / "run").sae_directories()

@@ -50,7 +50,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HarvestConfig:
-    """How sequences are batched through the language model. Changes speed, not results."""
+    """How sequences are batched through the language model: speed, and the order in which activations come."""
 
     token_budget: int = 4096
     """Padded tokens per forward; 1k-4k suits a CPU, 16k-64k a GPU."""

@@ -113,10 +113,21 @@ class Run:
             file.write(json.dumps(record) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; a last line that a kill cut short is left out."""
+        """The lines of metrics.jsonl; a last line that a kill cut short is left out.
+
+        Raises:
+            UserError: another line is damaged.
+        """
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        records = []
+        for number, line in enumerate(lines, start=1):
+            if line.endswith("\n"):
+                try:
+                    records.append(json.loads(line))
+                except ValueError as error:
+                    raise UserError(f"{path}, line {number} is damaged ({error}); delete the line to go on") from None
+        return records
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps that are going to be repeated."""

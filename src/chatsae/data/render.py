@@ -80,7 +80,7 @@ def _batches(
         yield batch(group, prefix)
     if empty:
         counted = ", ".join(f"{number} × {reason}" for reason, number in tally.most_common())
-        raise UserError(f"the data gives no token sequence ({counted or 'there is none'})")
+        raise UserError("the data gives no token sequence" + (f": {counted}" if counted else ""))
 
 
 def _dialogues(

@@ -53,22 +53,20 @@ def evaluate(
     stream = render(islice(dialogues, limit), lm.tokenizer, method="fast", max_length=max_length, tally=tally)
     n_dialogues, digest = 0, hashlib.sha256()
     with console.progress("evaluate", limit) as advance:
-        for tokens in _batches(stream, budget, full.rope_split):
+        for tokens in _batches(_hashed(stream, digest), budget, full.rope_split):
             n_dialogues += len(tokens)
-            digest.update(tokens.input_ids.numpy().tobytes())
-            ids, real = tokens.padded().to(full.device), _real(tokens)
+            ids, real = tokens.padded().to(full.device), _real(tokens).to(full.device)
             logits, residuals = _forward(full, ids, layers)
-            clean = token_losses(logits, ids, real.to(full.device))
-            assistant = _scored(tokens, real) == Role.ASSISTANT
+            clean = token_losses(logits, ids, real)
+            assistant = _scored(tokens, real.cpu()) == Role.ASSISTANT
+            by_id = torch.isin(tokens.input_ids, special)
             for name, sae in saes.items():
-                layer = sae.spec.layer
-                x = residuals[layer][real]
-                feature_acts = sae.encode(x.to(sae.W_enc))
+                x = residuals[sae.spec.layer][real]
+                feature_acts = sae.encode(x)
                 sae_out = sae.decode(feature_acts)
-                by_id = torch.isin(tokens.input_ids, special)
                 sums[name].add(x, sae_out, feature_acts, tokens.sequence, by_id, tokens.special, len(tokens))
-                spliced = _spliced(full, layer, sae_out.to(x), real, ids)
-                losses[name].add(clean, token_losses(spliced, ids, real.to(full.device)), assistant)
+                spliced = _spliced(full, sae.spec.layer, sae_out.to(x), real, ids)
+                losses[name].add(clean, token_losses(spliced, ids, real), assistant)
             advance(len(tokens))
     rows = {name: sums[name].metrics() | losses[name].metrics() for name in saes}
     facts = {
@@ -78,6 +76,13 @@ def evaluate(
         "tokens_sha256": digest.hexdigest(),
     }
     return Report(rows=rows, facts=facts)
+
+
+def _hashed(stream: Iterator[TokenBatch], digest: "hashlib._Hash") -> Iterator[TokenBatch]:
+    """Take the digest before batches are formed: it tells the dialogues, not how they were batched."""
+    for tokens in stream:
+        digest.update(tokens.input_ids.numpy().tobytes())
+        yield tokens
 
 
 def _batches(stream: Iterator[TokenBatch], budget: int, split: int | None) -> Iterator[TokenBatch]:

@@ -101,6 +101,6 @@ def plan_table(passes: Sequence[Pass]) -> str:
         for p in passes
     ]
     total = sum(len(p.saes) for p in passes)
-    title = f"{len(passes)} passes train {total} SAEs"
+    title = f"{len(passes)} {'pass trains' if len(passes) == 1 else 'passes train'} {total} SAEs"
     names = dict.fromkeys(f"{p.model}: {', '.join(s.name for s in p.saes)}" for p in passes)
     return "\n".join([console.table(title, [Column(key) for key in rows[0]], rows, group="recipe"), *names])

@@ -35,8 +35,8 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         tally: Counter[str] = Counter()
         isolation = _check_isolation(lm) if config.harvest.token_budget > 1 else 0.0
         checkpoint = _checkpoint(run, lm)
+        run.forget_after(0 if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
-            run.forget_after(checkpoint.step)
             console.say(f"resuming at step {checkpoint.step:,}, past the data that was trained on")
         done = 0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"]
         acts = activations(config, lm, skip=done, tally=tally)
@@ -48,6 +48,10 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         states = make_states(saes, config.train)
         summary = train_states(states, acts, config.train, layers=lm.layers, run=run, checkpoint=checkpoint)
         console.say(_sentence(summary, tally))
+        if summary.ending == "data ended":
+            console.warn(
+                f"the data gave {summary.tokens:,} of {config.train.tokens:,} tokens; data.epochs 0 repeats it"
+            )
         if summary.ending == "interrupted":
             return summary
         for name, state in states.items():
@@ -117,8 +121,11 @@ def _finished(run: Run) -> Summary | None:
     path = run.path / "summary.json"
     if not path.exists():
         return None
-    facts = json.loads(path.read_text(encoding="utf-8"))
-    return Summary(**{field.name: facts[field.name] for field in fields(Summary)})
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        return Summary(**{field.name: facts[field.name] for field in fields(Summary)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it to train this run again") from None
 
 
 def _metadata(config: RunConfig, spec: SAESpec, lm: LanguageModel) -> dict[str, Any]:
