@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import chatsae as cs
-from chatsae.batch import Dialogue, Message
+from chatsae.batch import Dialogue, Message, Role
 from chatsae.data.render import render
 from chatsae.errors import UserError
 from chatsae.evals.evaluate import evaluate
@@ -137,18 +137,30 @@ def test_results_equal_the_slow_way_and_do_not_depend_on_batch_size(lm):
 def test_delta_loss_equals_the_models_own_loss(lm):
     sae = init_sae(spec(lm.d_in), torch.Generator().manual_seed(3))
     row = evaluate({"sae": sae}, lm, dialogues()).rows["sae"]
-    full, clean, spliced, n = lm.with_head(), 0.0, 0.0, 0
-    for batch in render(dialogues(), lm.tokenizer):
-        for ids in torch.split(batch.input_ids, batch.lengths.tolist()):
-            with torch.no_grad():
-                clean += float(full.model(input_ids=ids[None], labels=ids[None], use_cache=False).loss) * (len(ids) - 1)
+    full = lm.with_head()
+
+    def losses(ids: torch.Tensor) -> torch.Tensor:
+        logits = full.model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none").double()
+
+    clean, spliced, assistant = [], [], []
+    with torch.no_grad():
+        for batch in render(dialogues(), lm.tokenizer):
+            lengths = batch.lengths.tolist()
+            for ids, role in zip(torch.split(batch.input_ids, lengths), torch.split(batch.role, lengths), strict=True):
+                clean.append(losses(ids))
                 with splice(full, LAYER, sae):
-                    out = full.model(input_ids=ids[None], labels=ids[None], use_cache=False)
-                spliced += float(out.loss) * (len(ids) - 1)
-            n += len(ids) - 1
-    assert row["loss"] == pytest.approx(clean / n, rel=1e-5)
-    assert row["delta_loss"] == pytest.approx((spliced - clean) / n, rel=1e-4)
-    assert row["delta_loss_percent"] == pytest.approx(100 * (spliced - clean) / clean, rel=1e-4)
+                    spliced.append(losses(ids))
+                assistant.append(role[1:] == Role.ASSISTANT)
+                own = full.model(input_ids=ids[None], labels=ids[None], use_cache=False).loss
+                assert float(own) == pytest.approx(float(clean[-1].mean()), rel=1e-5)
+    before, after, chosen = torch.cat(clean), torch.cat(spliced), torch.cat(assistant)
+    assert 0 < int(chosen.sum()) < len(chosen)
+    for suffix, mask in (("", torch.ones_like(chosen)), ("_assistant", chosen)):
+        x, y = float(before[mask].mean()), float(after[mask].mean())
+        assert row[f"loss{suffix}"] == pytest.approx(x, rel=1e-5)
+        assert row[f"delta_loss{suffix}"] == pytest.approx(y - x, rel=1e-4)
+        assert row[f"delta_loss_percent{suffix}"] == pytest.approx(100 * (y - x) / x, rel=1e-4)
 
 
 def test_token_losses_skip_padding_and_first_tokens():
@@ -167,6 +179,14 @@ def test_special_tokens_by_id_and_by_template_differ_inside_content():
     plain = [Dialogue("a", "test", (Message("user", "abs"), Message("assistant", "No.")))]
     row = evaluate({"zero": sae}, lm, plain).rows["zero"]
     assert row["mse_st"] == row["mse_st_template"]
+
+
+def test_the_facts_tell_dialogues_apart(lm):
+    sae, said = {"zero": constant_sae(torch.zeros(lm.d_in))}, dialogues()
+    other = [*said[:-1], Dialogue("x", "test", (Message("user", "Other"), Message("assistant", "words")))]
+    one, two = evaluate(sae, lm, said).facts, evaluate(sae, lm, other).facts
+    assert one["n_dialogues"] == two["n_dialogues"]
+    assert one["tokens_sha256"] != two["tokens_sha256"]
 
 
 def test_nothing_to_evaluate_on_is_an_error(lm):

@@ -14,15 +14,20 @@ import torch
 from safetensors.torch import load_file
 
 import chatsae as cs
+from chatsae.batch import Dialogue, Message
 from chatsae.cli import main
-from chatsae.config import RunConfig, sae_specs
+from chatsae.config import DataConfig, RunConfig, sae_specs
 from chatsae.errors import UserError
-from chatsae.lm.load import LanguageModel
+from chatsae.lm.load import LanguageModel, load_tokenizer
 from chatsae.recipe import load_recipe
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid
+from chatsae.sae.init import set_b_dec_
+from chatsae.sae.interop import read_sparsity
+from chatsae.sae.step import make_state, train_step
 from chatsae.training.loop import make_states, train, train_states
-from chatsae.training.pipeline import activations
+from chatsae.training.pipeline import activations, token_batches
+from chatsae.training.schedule import lr_at
 from chatsae.training.session import train_run
 from chatsae.training.state import snapshot
 from tiny_models import tiny_model, tiny_tokenizer
@@ -83,6 +88,11 @@ def test_every_sae_learns_and_the_run_directory_explains_itself(world, tmp_path)
     for name in names:
         assert last["saes"][name]["mse"] < first["saes"][name]["mse"]
     assert [p.name for p in run.sae_directories()] == names
+    for directory in run.sae_directories():
+        sparsity = read_sparsity(directory)  # firing frequencies
+        assert sparsity is not None
+        l0 = float(sparsity.double().sum())
+        assert l0 == pytest.approx(last["saes"][directory.name]["l0"], rel=0.5)
     assert sum(summary.shares.values()) == pytest.approx(1)
     assert not list((run.path / "checkpoints").iterdir())
     again = train_run(config_of(world), tmp_path / "run")
@@ -97,6 +107,70 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(world, tmp_
         weights.append(load_file(tmp_path / name / "saes" / "L2-2x-standard" / "sae_weights.safetensors"))
     assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
     assert not torch.equal(weights[0]["W_dec"], weights[2]["W_dec"])
+
+
+def test_the_loop_equals_the_obvious_one(world):
+    """Bit for bit: where b_dec starts, which layer each SAE reads, both schedules, what follows the last step."""
+    config = config_of(world)
+    _, saes, acts = start(config)
+    train(saes, acts, config.train)
+
+    _, twins, acts = start(config)
+    sample, layers = acts.peek(8192), (0, 2)
+    states = [make_state(sae, betas=(0.9, 0.999)) for sae in twins.values()]
+    for state in states:
+        set_b_dec_(state.sae, sample[layers.index(state.sae.spec.layer)])
+    for step in range(120):
+        batch = next(acts)
+        lr = lr_at(step, total_steps=120, lr=1e-3, lr_end=1e-4, warmup_steps=6, decay_steps=24)
+        for state in states:
+            x = batch[layers.index(state.sae.spec.layer)]
+            train_step(state, x, lr=lr, sparsity_scale=min(step / 4, 1.0), clip_grad_norm=1.0)
+    for name, twin in twins.items():
+        twin.before_step_()
+        ours = dict(saes[name].named_parameters())
+        assert all(torch.equal(ours[k], value) for k, value in twin.named_parameters()), name
+
+
+def test_a_loss_that_is_not_finite_names_the_sae_and_the_step(world):
+    config = config_of(world)
+    _, saes, acts = start(config)
+    with torch.no_grad():
+        saes["L2-2x-standard"].W_enc.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"the loss of L2-2x-standard is nan at step 5"):
+        train(saes, acts, config.train)
+
+
+def test_a_model_whose_sequences_leak_is_refused(world, tmp_path, monkeypatch):
+    monkeypatch.setattr("chatsae.training.session.isolation_error", lambda lm: 0.5)
+    with pytest.raises(UserError, match=r"change each other's activations by 0.5"):
+        train_run(config_of(world), tmp_path)
+
+
+def test_every_pass_has_its_own_seed(world, monkeypatch):
+    seeds = []
+
+    def read(*sources, split, seed, tally):
+        seeds.append((sources, split, seed))
+        return iter([Dialogue("a", "test", (Message("user", "Hi"), Message("assistant", "Ho")))])
+
+    monkeypatch.setattr("chatsae.training.pipeline.read", read)
+    tokenizer = load_tokenizer(config_of(world).model.name)
+    assert len(list(token_batches(DataConfig(epochs=3), tokenizer, seed=7))) == 3
+    assert seeds == [(("pydocs",), "train", s) for s in (7, 8, 9)]
+
+
+def test_dialogues_are_deduplicated_unless_told_otherwise(world, tmp_path):
+    tokenizer = load_tokenizer(config_of(world).model.name)
+    turns = [{"role": r, "content": f"{r} " + " ".join(WORDS * 3)} for r in ("user", "assistant")]
+    rows = [[{**turns[0], "content": f"{i} {turns[0]['content']}"}, turns[1]] for i in range(30)]
+    (tmp_path / "same.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    counts = {}
+    for ngram in (20, 0):
+        data = DataConfig(sources=(str(tmp_path / "same.jsonl"),), ngram=ngram)
+        counts[ngram] = sum(len(batch) for batch in token_batches(data, tokenizer, seed=0))
+    assert counts[20] == 1
+    assert counts[0] > 20
 
 
 def test_stopped_and_resumed_equals_uninterrupted_in_every_tensor(world, tmp_path):
