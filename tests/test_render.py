@@ -333,7 +333,7 @@ def test_dialogues_that_cannot_be_rendered_are_counted_and_left_out(name):
         "no turn": 1,
         "content is not valid Unicode": 1,
     }
-    with pytest.raises(UserError, match=r"no token sequence .*1 × special token in the content"):
+    with pytest.raises(UserError, match=r"no token sequence: .*1 × special token in the content"):
         list(render(items[:1], tokenizer))
 
 
@@ -528,7 +528,7 @@ def test_wrong_arguments():
         list(render([dialogue(*CHAT)], tokenizer, method="bt-p"))
     with pytest.raises(UserError, match="take dialogues, got a Document"):
         list(render([Document("t", "test", "Hi")], tokenizer))
-    with pytest.raises(UserError, match=r"no token sequence \(there is none\)"):
+    with pytest.raises(UserError, match=r"no token sequence$"):
         list(render([], tokenizer))
     with pytest.raises(UserError, match=r"no token sequence \(\d+ × tokens after the last whole block\)"):
         list(render([dialogue(*CHAT)], tokenizer, method="bt-f"))
