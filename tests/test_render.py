@@ -530,7 +530,7 @@ def test_wrong_arguments():
         list(render([Document("t", "test", "Hi")], tokenizer))
     with pytest.raises(UserError, match=r"no token sequence$"):
         list(render([], tokenizer))
-    with pytest.raises(UserError, match=r"no token sequence \(\d+ × tokens after the last whole block\)"):
+    with pytest.raises(UserError, match=r"no token sequence: \d+ × tokens after the last whole block$"):
         list(render([dialogue(*CHAT)], tokenizer, method="bt-f"))
 
 
