@@ -9,6 +9,7 @@ ROOT = Path(chatsae.__file__).parent
 LAYERS = {
     "errors": -1,
     "config": 0,
+    "files": 1,
     "recipe": 1,
     "console": 1,
     "batch": 1,

@@ -12,13 +12,12 @@ from collections import Counter
 
 import pytest
 
-from chatsae.batch import Dialogue
+from chatsae.batch import SPLITS, Dialogue, Split
 from chatsae.data import pydocs
 from chatsae.data.pydocs_answers import ANSWERS, head, sentences, summary
 from chatsae.data.pydocs_dialogues import styled
 from chatsae.data.pydocs_objects import PyObject
 
-SPLITS: tuple[pydocs.Split, ...] = ("train", "eval", "interpret")
 DIGEST = """
 import hashlib
 from chatsae.data import pydocs
@@ -65,7 +64,7 @@ def test_two_processes_yield_the_same_bytes_and_refuse_an_unknown_split():
     assert len(outputs) == 1
     digest, error = outputs.pop().splitlines()
     assert len(digest) == 64
-    assert error == "pydocs: split is 'test'; expected one of train, eval, interpret"
+    assert error == "pydocs: split is 'test'; expected one of train, eval, interpret, steer"
 
 
 def test_no_object_is_in_two_splits(by_name: dict[str, PyObject]):
@@ -84,15 +83,17 @@ def test_dialogues_and_pages_keep_to_their_split(held_out: list[Dialogue], by_na
     assert not foreign
 
 
-@pytest.mark.parametrize(("split", "share"), [("train", 0.80), ("eval", 0.12), ("interpret", 0.08)])
-def test_shares_of_the_splits(split: pydocs.Split, share: float, by_name: dict[str, PyObject]):
+@pytest.mark.parametrize(("split", "share"), [("train", 0.80), ("eval", 0.12), ("interpret", 0.05), ("steer", 0.03)])
+def test_shares_of_the_splits(split: Split, share: float, by_name: dict[str, PyObject]):
     units = {o.unit for o in by_name.values()}
     assert sum(pydocs.split_of(u) == split for u in units) / len(units) == pytest.approx(share, abs=0.02)
 
 
 def test_split_is_the_stated_hash():
     bucket = int.from_bytes(hashlib.blake2b(b"json.dumps", digest_size=8).digest(), "big") % 100
-    assert pydocs.split_of("json.dumps") == ("train" if bucket < 80 else "eval" if bucket < 92 else "interpret")
+    assert pydocs.split_of("json.dumps") == (
+        "train" if bucket < 80 else "eval" if bucket < 92 else "interpret" if bucket < 97 else "steer"
+    )
 
 
 def test_turns_alternate_and_number_one_to_six(held_out: list[Dialogue]):

@@ -19,8 +19,8 @@ from transformers.utils import chat_template_utils
 import chatsae
 from chat_tokenizer import CHATML, MISTRAL, PHI, SPECIAL, chat_tokenizer
 from chatsae.batch import Dialogue, Document, Kind, Message, Role, TokenBatch
+from chatsae.data.reading import read
 from chatsae.data.render import render
-from chatsae.data.sources import read
 from chatsae.data.template import DATE, template_facts
 from chatsae.errors import UserError
 from shared_data import shared_data
@@ -526,7 +526,7 @@ def test_wrong_arguments():
             render([dialogue(*CHAT)], tokenizer, **options)
     with pytest.raises(UserError, match="bt-p takes documents, got a Dialogue"):
         list(render([dialogue(*CHAT)], tokenizer, method="bt-p"))
-    with pytest.raises(UserError, match="take dialogues, got a Document"):
+    with pytest.raises(UserError, match="takes dialogues, got a Document"):
         list(render([Document("t", "test", "Hi")], tokenizer))
     with pytest.raises(UserError, match=r"no token sequence$"):
         list(render([], tokenizer))

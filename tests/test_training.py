@@ -152,7 +152,7 @@ def test_a_model_whose_sequences_leak_is_refused(world, tmp_path, monkeypatch):
 def test_every_pass_has_its_own_seed(world, monkeypatch):
     seeds = []
 
-    def read(*sources, split, seed, tally):
+    def read(*sources, seed, order, revisions, tally, split="train"):
         seeds.append((sources, split, seed))
         return iter([Dialogue("a", "test", (Message("user", "Hi"), Message("assistant", "Ho")))])
 

@@ -27,8 +27,8 @@ _HOME = {
     "grid": "chatsae.sae.grid",
     "load_recipe": "chatsae.recipe",
     "mix": "chatsae.buffer",
-    "read": "chatsae.data.sources",
-    "read_text": "chatsae.data.sources",
+    "read": "chatsae.data.reading",
+    "read_text": "chatsae.data.reading",
     "render": "chatsae.data.render",
     "train": "chatsae.training.loop",
     "train_run": "chatsae.training.session",
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from chatsae.buffer import mix
     from chatsae.config import BufferConfig, DataConfig, ModelConfig, RunConfig, SAEConfig, TrainConfig
     from chatsae.data.dedup import dedup
+    from chatsae.data.reading import read, read_text
     from chatsae.data.render import render
-    from chatsae.data.sources import read, read_text
     from chatsae.errors import UserError
     from chatsae.evals.evaluate import evaluate
     from chatsae.evals.report import Report, compare

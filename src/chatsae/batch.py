@@ -7,10 +7,16 @@ Shape legend, used in every signature of the package:
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
+
+Split = Literal["train", "eval", "interpret", "steer"]
+"""What a dialogue is for: training, or held out for evaluation, interpretation or steering."""
+
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True, slots=True)

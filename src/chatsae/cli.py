@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 
@@ -49,6 +49,34 @@ class Train:
         if summary.ending == "interrupted":
             raise KeyboardInterrupt
         console.say(f"next: chatsae eval {out}")
+
+
+@dataclass
+class Prepare:
+    """Read, normalise, deduplicate, split and tokenise the data of a recipe once, for every method and run.
+
+    Writes shards and manifest.json; `chatsae train RECIPE --data.prepared DIR` reads them. An interrupted preparation
+    goes on where it stopped; one that is done is checked and left as it is.
+    """
+
+    recipe: tyro.conf.Positional[Path]
+    """YAML file; every field below can be set in it and overridden by a flag."""
+    out: Path | None = None
+    """Directory to write; by default data.prepared of the recipe, or data/NAME, NAME being the recipe's file name."""
+    engine: Literal["local", "spark"] = "local"
+    """spark: find shared n-grams on an existing Spark (needs chatsae[spark]); the same dialogues are kept."""
+    json: bool = False
+    """Print the manifest on stdout in place of the table."""
+    config: _Flat = field(default_factory=RunConfig)
+
+    def __call__(self) -> None:
+        from chatsae.data.summary import prepared_table
+        from chatsae.training.prepare import prepare_data
+
+        out = self.out or Path(self.config.data.prepared or Path("data") / self.recipe.stem)
+        manifest = prepare_data(self.config, out, engine=self.engine)
+        console.result(manifest.facts if self.json else prepared_table(manifest))
+        console.say(f"next: chatsae train {self.recipe} --data.prepared {out}")
 
 
 @dataclass
@@ -114,10 +142,10 @@ class Plan:
 
 @dataclass
 class Show:
-    """Say what a directory holds: a run, a demo, or an SAE of ours or of sae_lens."""
+    """Say what a directory holds: a run, a demo, prepared data, or an SAE of ours or of sae_lens."""
 
     path: tyro.conf.Positional[Path]
-    """Run directory, demo directory or SAE directory."""
+    """Run directory, demo directory, data directory or SAE directory."""
     json: bool = False
     """Print JSON on stdout in place of text."""
 
@@ -128,7 +156,16 @@ class Show:
         console.result(facts if self.json else show_text(facts))
 
 
-_VERBS = {"demo": Demo, "train": Train, "eval": Eval, "compare": Compare, "plan": Plan, "show": Show}
+_VERBS = {
+    "demo": Demo,
+    "prepare": Prepare,
+    "train": Train,
+    "eval": Eval,
+    "compare": Compare,
+    "plan": Plan,
+    "show": Show,
+}
+_WITH_RECIPE = {"prepare": Prepare, "train": Train}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,11 +194,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: list[str]) -> Callable[[], None]:
     verbs = {name: tyro.conf.subcommand(name, prefix_name=False) for name in _VERBS}
-    recipe = argv[1] if argv[0] == "train" and len(argv) > 1 and not argv[1].startswith("-") else None
-    if recipe is not None:  # the recipe's values become the defaults of the flags
-        verbs["train"] = tyro.conf.subcommand(
-            "train", prefix_name=False, default=Train(recipe=Path(recipe), config=load_recipe(recipe))
-        )
+    verb = _WITH_RECIPE.get(argv[0])
+    if verb is not None and len(argv) > 1 and not argv[1].startswith("-"):
+        recipe = Path(argv[1])  # the recipe's values become the defaults of the flags
+        default = verb(recipe=recipe, config=load_recipe(recipe))
+        verbs[argv[0]] = tyro.conf.subcommand(argv[0], prefix_name=False, default=default)
         argv = [argv[0], *argv[2:]]
     annotated: Any = Annotated  # types made at run time, which a type checker would take for wrong annotations
     union: Any = Union

@@ -38,14 +38,28 @@ class DataConfig:
     """Chat corpora for fast and bt-f: presets, hub ids, or local .jsonl and .parquet files."""
     text_sources: tuple[str, ...] = ("pydocs",)
     """Plain-text corpora for bt-p: presets, hub ids, or local .jsonl and .parquet files with a `text` field."""
+    prepared: str = ""
+    """Directory that `chatsae prepare` wrote; the run reads it in place of the sources."""
+    order: Literal["mixed", "listed"] = "mixed"
+    """mixed: rows of all sources drawn in proportion to their size; listed: one source after another."""
+    max_tokens: int | None = None
+    """Training tokens to prepare; 0: all there are; by default train.tokens."""
+    held_out: tuple[int, int, int] = (5000, 10_000, 1010)
+    """Dialogues to prepare for evaluation, interpretation and steering; training shares no n-gram with them."""
+    ngram: int = 20
+    """Words per window of the greedy deduplication; 0 turns it off."""
+    ngram_roles: tuple[str, ...] = ()
+    """Roles whose turns are compared; empty: all. Without system, a long system prompt that repeats drops nothing."""
+    memory_gb: float = 0
+    """Memory for the n-grams; where more is needed the sources are read twice, with the same result. 0: no limit."""
+    workers: int = 0
+    """Processes that tokenise; 0: one per core."""
     max_length: int = 8192
     """Tokens after which a dialogue is cut (fast)."""
     block_size: int = 2048
     """Tokens per block (bt-f, bt-p)."""
-    ngram: int = 20
-    """Words per window of the greedy deduplication; 0 turns it off."""
     epochs: int = 1
-    """Passes over the sources; 0: as many as train.tokens needs."""
+    """Passes over the data; 0: as many as train.tokens needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,6 +1,8 @@
 """The only place that prints: people read stderr, programs read stdout."""
 
 import json
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -86,6 +88,28 @@ def _progress_lines(task: str, total: int | None) -> Iterator[Callable[..., None
     yield advance
     if time.monotonic() - start >= _LOG_SECONDS:
         say(f"{task}: done in {time.monotonic() - start:.0f} s")
+
+
+@contextmanager
+def stop_requested(what: str) -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that no step is cut in half; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handler(signum: int, frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        say(f"stopping after {what}; press Ctrl-C again to stop at once")
+
+    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """A run directory: config.yaml, environment.json, metrics.jsonl, saes/, checkpoints/, report.json."""
 
-import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -10,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -19,6 +17,7 @@ from torch import Tensor
 from chatsae import console
 from chatsae.config import RunConfig, sae_specs
 from chatsae.errors import UserError
+from chatsae.files import Lock, sha256, sync, write_json, write_text
 from chatsae.recipe import differences, load_recipe, to_yaml
 
 _KEPT = 2  # checkpoints; the older one is there for the day the newer one is damaged
@@ -39,7 +38,7 @@ class Run:
     def __init__(self, path: Path, config: RunConfig) -> None:
         self.path = path
         self.config = config
-        self._lock: IO[str] | None = None
+        self._lock: Lock | None = None
 
     @classmethod
     def open(cls, path: Path | str, config: RunConfig) -> "Run":
@@ -52,14 +51,9 @@ class Run:
         try:
             for name in ("saes", "checkpoints"):
                 (run.path / name).mkdir(parents=True, exist_ok=True)
-            run._lock = (run.path / ".lock").open("w")
         except OSError as error:
             raise UserError(f"run directory {path} cannot be written: {error.strerror or error}") from None
-        try:
-            fcntl.flock(run._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            run._lock.close()
-            raise UserError(f"run directory {path} is in use by another process") from None
+        run._lock = Lock(run.path, "run directory")
         changed = differences(load_recipe(run.path / "config.yaml"), config) if run._started() else []
         if changed:
             run.close()
@@ -148,9 +142,9 @@ class Run:
             temporary.mkdir(parents=True)
             file = temporary / "state.safetensors"
             save_file({k: v.contiguous() for k, v in checkpoint.tensors.items()}, file)
-            facts = {"step": checkpoint.step, "sha256": _sha256(file), "facts": checkpoint.facts}
+            facts = {"step": checkpoint.step, "sha256": sha256(file), "facts": checkpoint.facts}
             write_json(temporary / "state.json", facts)
-            _sync(file)
+            sync(file)
             shutil.rmtree(final, ignore_errors=True)
             os.replace(temporary, final)
         except (OSError, SafetensorError) as error:
@@ -166,7 +160,7 @@ class Run:
         for path in sorted((self.path / "checkpoints").glob("step-*"), reverse=True):
             try:
                 facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
-                if _sha256(path / "state.safetensors") != facts["sha256"]:
+                if sha256(path / "state.safetensors") != facts["sha256"]:
                     raise ValueError("its content does not match its sha256")
                 tensors = load_file(path / "state.safetensors")
                 return Checkpoint(step=facts["step"], tensors=tensors, facts=facts["facts"])
@@ -189,26 +183,3 @@ def environment() -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         **{name: metadata.version(name) for name in packages},
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON as a whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -71,11 +71,11 @@ def batch(sequences: Sequence[Tokens], prefix: Sequence[int]) -> TokenBatch:
         role=torch.from_numpy(joined.labels.role),
         kind=torch.from_numpy(kind),
         special=torch.from_numpy(joined.labels.special),
-        prefix=torch.from_numpy(np.concatenate([_in_prefix(tokens.ids, prefix) for tokens in sequences])),
+        prefix=torch.from_numpy(np.concatenate([in_prefix(tokens.ids, prefix) for tokens in sequences])),
     )
 
 
-def _in_prefix(ids: np.ndarray, prefix: Sequence[int]) -> np.ndarray:
+def in_prefix(ids: np.ndarray, prefix: Sequence[int]) -> np.ndarray:
     inside = np.zeros(len(ids), bool)
     start = ids[: len(prefix)]
     inside[: len(start)] = np.logical_and.accumulate(start == np.array(prefix[: len(start)], np.int64))

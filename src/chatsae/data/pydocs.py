@@ -8,11 +8,11 @@ import random
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from chatsae.batch import Dialogue, Document
+from chatsae.batch import Dialogue, Document, Split
 from chatsae.data.pydocs_dialogues import Catalogue, dialogue
-from chatsae.data.pydocs_objects import PyObject, Split, dropped, objects, split_of
+from chatsae.data.pydocs_objects import SHARES, PyObject, dropped, objects, split_of
 
-__all__ = ["Split", "dialogues", "documents", "dropped", "objects", "split_of"]
+__all__ = ["SHARES", "dialogues", "documents", "dropped", "objects", "split_of"]
 
 SOURCE = "pydocs"
 

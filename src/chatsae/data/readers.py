@@ -1,24 +1,42 @@
-"""Rows of JSON Lines, Parquet and hub data sets, one at a time; every error names the file and the row."""
+"""Rows of JSON Lines, Parquet and hub data sets, one at a time and in flat memory; errors name the file and the row."""
 
 import gzip
+import io
 import json
+import os
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
+from chatsae.data.hub import HubSet, hub_rows, hub_set
+from chatsae.data.rows import SUFFIXES, Broken, Row, one_line
 from chatsae.errors import UserError
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
-_PARQUET_ROWS = 256  # rows decoded at a time
-_TIMEOUT = 10.0  # seconds for the one request that tells whether the hub answers
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
+__all__ = [
+    "MAX_LINE",
+    "SUFFIXES",
+    "Broken",
+    "HubSet",
+    "Row",
+    "estimated_rows",
+    "hub_rows",
+    "hub_set",
+    "local_files",
+    "local_rows",
+]
 
-class Row(NamedTuple):
-    """One row, its file (or hub id) and its number there, counted from 1."""
+MAX_LINE = 32 << 20
+"""Bytes of the longest line that is read."""
 
-    file: str
-    number: int
-    value: Any
+_BOM = b"\xef\xbb\xbf"
+_BUFFER = 1 << 20
+_SAMPLE, _PACKED_SAMPLE = 1 << 20, 8 << 20  # bytes from which the number of lines is estimated
+_BATCH_BYTES, _BATCH_ROWS = 8 << 20, 1024  # of Parquet, decoded at a time
 
 
 def local_files(path: Path) -> list[Path]:
@@ -40,103 +58,152 @@ def local_files(path: Path) -> list[Path]:
     return files
 
 
-def local_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of one file, streamed; of a Parquet file only the named columns.
+def local_rows(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[Row]:
+    """The rows of one file after its first `start`, streamed; of a Parquet file only the named columns.
+
+    Blank lines are no rows. A line that is no UTF-8, no JSON or longer than MAX_LINE has the value Broken.
 
     Raises:
-        UserError: the file cannot be read or is cut short, a line is no JSON or no UTF-8, no named column is there.
+        UserError: the file cannot be read or is cut short, or none of the columns is in it.
     """
+    number = start
     try:
-        yield from _parquet_rows(path, columns) if path.suffix == ".parquet" else _json_rows(path)
-    except (OSError, EOFError) as error:  # a truncated .gz is an EOFError
-        raise UserError(f"{path} cannot be read: {error}") from None
+        for row in (_parquet_rows if path.suffix == ".parquet" else _json_rows)(path, columns, start):
+            number = row.number
+            yield row
+    except _errors() as error:
+        raise UserError(_advice(path, number, error)) from None
 
 
-def _json_rows(path: Path) -> Iterator[Row]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, row {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}, row {number}: not valid JSON ({error})") from None
-            yield Row(str(path), number, value)
+def estimated_rows(path: Path) -> int:
+    """The rows of a file: exact for Parquet and short files, else by the length of the first lines.
 
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    import pyarrow as pa
+    Raises:
+        UserError: the file cannot be read.
+    """
     import pyarrow.parquet as pq
 
-    number = 0
     try:
-        with pq.ParquetFile(path) as file:
-            present = file.schema_arrow.names
-            wanted = [name for name in present if name in columns]
-            if not wanted:
-                raise UserError(f"{path}: no field {', '.join(columns)} (found: {', '.join(present)})")
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=wanted):
-                for value in batch.to_pylist():
-                    number += 1
-                    yield Row(str(path), number, value)
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}, after row {number}: not valid Parquet ({' '.join(str(error).split())})") from None
+        return pq.read_metadata(path).num_rows if path.suffix == ".parquet" else _estimated_lines(path)
+    except _errors() as error:
+        raise UserError(_advice(path, 0, error)) from None
 
 
-def hub_rows(hub_id: str, config: str | None, columns: Sequence[str]) -> Iterator[Row]:
-    """The rows of a hub data set's train split, streamed; only the named columns where its schema is known.
+def _json_rows(path: Path, _columns: Sequence[str], start: int) -> Iterator[Row]:
+    name = str(path)
+    with path.open("rb") as file, _unpacked(path, file) as stream:
+        for number, line in enumerate(_lines(stream), start=1):
+            if number > start:
+                yield Row(name, number, _value(line))
 
-    Raises:
-        UserError: the hub cannot be reached, the set does not exist, is gated, needs a configuration or is broken.
-    """
-    import datasets
 
+def _unpacked(path: Path, file: io.BufferedReader) -> io.BufferedReader:
+    if path.suffix == ".gz":
+        return io.BufferedReader(gzip.GzipFile(fileobj=file), _BUFFER)
+    if path.suffix == ".zst":
+        import pyarrow as pa
+
+        # reads all frames, and tells it when the last one has no end
+        return io.BufferedReader(cast(io.RawIOBase, pa.CompressedInputStream(file, "zstd")), _BUFFER)
+    return file
+
+
+def _lines(stream: BinaryIO) -> Iterator[bytes | None]:
+    """Every line that is not blank; None for one that is too long, of which no more than that is held."""
+    while line := stream.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE and not line.endswith(b"\n"):
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(_BUFFER)
+            yield None
+            continue
+        line = line.removeprefix(_BOM)
+        if line and not line.isspace():
+            yield line
+
+
+def _value(line: bytes | None) -> Any:
+    if line is None:
+        return Broken(f"line over {MAX_LINE >> 20} MiB", "")
     try:
-        if not Path(hub_id).is_dir():
-            _ask_hub(hub_id)
-        stream = datasets.load_dataset(hub_id, config, split="train", streaming=True)
-        present = stream.column_names
-        if present is not None:
-            wanted = [name for name in present if name in columns]
-            if not wanted:
-                raise UserError(f"{hub_id}: no field {', '.join(columns)} (found: {', '.join(present)})")
-            stream = stream.select_columns(wanted)
-        for number, value in enumerate(stream, start=1):
-            yield Row(hub_id, number, value)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(_hub_advice(hub_id, error)) from None
+        return json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return Broken("not UTF-8", f"{error.reason} at byte {error.start}")
+    except RecursionError:
+        return Broken("not JSON", "nested too deeply")
+    except json.JSONDecodeError as error:
+        return Broken("not JSON", f"{error.msg} at character {error.pos}")
+    except ValueError as error:  # an integer of thousands of digits
+        return Broken("not JSON", one_line(error))
 
 
-def _ask_hub(hub_id: str) -> None:
-    """One request that fails at once, where the streaming reader would retry for half a minute.
+def _estimated_lines(path: Path) -> int:
+    plain = path.suffix == ".jsonl"
+    size = _SAMPLE if plain else _PACKED_SAMPLE
+    with path.open("rb") as file, _unpacked(path, file) as stream:
+        head = stream.read(size + 1)
+        lines = sum(1 for _ in _lines(io.BytesIO(head)))
+        if len(head) <= size:
+            return lines
+        whole = path.stat().st_size
+        if not plain:
+            unpacked = len(head) + len(stream.peek())
+            whole = whole * unpacked / file.tell()
+    return max(lines, round(lines * whole / len(head)))
 
-    Raises:
-        OSError: the data set is not to be had (a ConnectionError when the hub does not answer).
-    """
-    from huggingface_hub import HfApi, errors
 
+def _parquet_rows(path: Path, columns: Sequence[str], start: int) -> Iterator[Row]:
+    import pyarrow.parquet as pq
+
+    name = str(path)
+    # unbuffered and unthreaded reads keep memory to about one batch, however large a row group is
+    with pq.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER, page_checksum_verification=True) as file:
+        present = file.schema_arrow.names
+        wanted = [column for column in present if column in columns]
+        if not wanted:
+            raise UserError(f"{path}: no field {', '.join(columns)} (found: {', '.join(present)})")
+        number = 0
+        for index in range(file.num_row_groups):
+            group = file.metadata.row_group(index)
+            if number + group.num_rows > start:
+                size = _batch_rows(group, wanted)
+                for batch in file.iter_batches(size, [index], wanted, use_threads=False):
+                    skipped = min(max(start - number, 0), batch.num_rows)
+                    for at, value in enumerate(_values(batch.slice(skipped)), start=number + skipped + 1):
+                        yield Row(name, at, value)
+                    number += batch.num_rows
+            else:
+                number += group.num_rows
+
+
+def _batch_rows(group: "pq.RowGroupMetaData", wanted: Sequence[str]) -> int:
+    """Rows whose columns are about _BATCH_BYTES in memory."""
+    columns = [group.column(index) for index in range(group.num_columns)]
+    taken = [c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] in wanted]
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES * group.num_rows // max(1, sum(taken))))
+
+
+def _values(batch: "pa.RecordBatch") -> list[Any]:
     try:
-        HfApi().dataset_info(hub_id, timeout=_TIMEOUT)
-    except errors.HfHubHTTPError:
-        raise
-    except errors.HTTPError as error:
-        raise ConnectionError(str(error)) from None
+        return batch.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "value out of range"
+            return [Broken(reason, one_line(error))]
+    return [value for index in range(batch.num_rows) for value in _values(batch.slice(index, 1))]
 
 
-def _hub_advice(hub_id: str, error: Exception) -> str:
-    said = " ".join(str(error).split())
-    page = f"https://huggingface.co/datasets/{hub_id}"
-    if isinstance(error, ConnectionError):
-        return (
-            f"{hub_id}: the Hugging Face Hub cannot be reached; connect, or give the path of a local copy "
-            f"({', '.join(SUFFIXES)}) instead"
-        )
-    if "gated" in said:
-        return f"{hub_id} is gated: accept its terms at {page}, then `hf auth login`"
-    if "exist" in said:
-        return f"{hub_id}: no such data set on the Hugging Face Hub, or no access to it (see {page}; `hf auth login`)"
-    if "Config name is missing" in said:
-        return f"{hub_id} has several configurations: write {hub_id}:NAME. {said}"
-    return f"{hub_id} cannot be read: {said}"
+def _errors() -> tuple[type[Exception], ...]:
+    """All that reading a file may raise."""
+    import pyarrow as pa
+
+    return (OSError, EOFError, zlib.error, pa.ArrowException, UnicodeDecodeError)
+
+
+def _advice(path: Path, number: int, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno is not None and number == 0:
+        return f"{path} cannot be read: {os.strerror(error.errno)}"
+    kind = "not valid Parquet" if path.suffix == ".parquet" else "cut short or damaged"
+    return (
+        f"{path} cannot be read beyond row {number:,}: {kind} ({one_line(error)}); put a whole copy of the file in its "
+        f"place, or leave it out"
+    )

@@ -1,9 +1,8 @@
 """Dialogues and documents -> token batches: fast, bt-f and bt-p."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import TypeVar, get_args
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, TypeVar, cast, get_args
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from chatsae.batch import Dialogue, Document, Kind, TokenBatch
 from chatsae.config import Method
 from chatsae.data.blocks import Tokens, batch, blocks, cut
-from chatsae.data.labels import Labels
+from chatsae.data.labels import Labels, Span
 from chatsae.data.template import (
     ChatTemplate,
     Rendered,
@@ -25,11 +24,11 @@ from chatsae.data.template import (
 )
 from chatsae.errors import UserError
 
-__all__ = ["TemplateFacts", "render", "template_facts"]
+__all__ = ["TemplateFacts", "Tokenised", "render", "template_facts", "tokenise"]
 
 T = TypeVar("T")
 
-_DOCUMENTS = 16  # tokenised together: one of them can be a book
+_CHARACTERS = 1_000_000  # of documents that are tokenised together: one of them can be a book
 
 
 def render(
@@ -61,21 +60,34 @@ def render(
         if number < 1:
             raise UserError(f"data.{field}: expected a positive number, got {number}")
     counts = Counter[str]() if tally is None else tally
-    if method == "bt-p":
-        documents = blocks(_documents(items, tokenizer, counts, min(chunk, _DOCUMENTS)), block_size, counts)
-        return _batches(documents, (), chunk, counts)
-    template = chat_template(tokenizer)
-    dialogues = _dialogues(items, tokenizer, template, counts, chunk)
-    longest = min(max_length, tokenizer.model_max_length)  # 1e30 where the tokenizer does not say
-    sequences = cut(dialogues, longest, counts) if method == "fast" else blocks(dialogues, block_size, counts)
-    return _batches(sequences, template.facts.prefix_ids, chunk, counts)
+    prefix = () if method == "bt-p" else chat_template(tokenizer).facts.prefix_ids
+    whole = _sequences(items, tokenizer, method, counts, chunk)
+    sequences = as_sequences(whole, method, longest(tokenizer, max_length), block_size, counts)
+    return batches(sequences, prefix, chunk, counts)
 
 
-def _batches(
+def as_sequences(
+    whole: Iterator[Tokens], method: Method, max_length: int, block_size: int, tally: Counter[str]
+) -> Iterator[Tokens]:
+    """What the methods differ in: fast cuts each dialogue at `max_length`, bt-f and bt-p join all into blocks."""
+    return cut(whole, max_length, tally) if method == "fast" else blocks(whole, block_size, tally)
+
+
+def longest(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """The length at which a dialogue is cut; `model_max_length` is 1e30 where the tokenizer does not say."""
+    return min(max_length, tokenizer.model_max_length)
+
+
+def batches(
     sequences: Iterator[Tokens], prefix: tuple[int, ...], chunk: int, tally: Counter[str]
 ) -> Iterator[TokenBatch]:
+    """The sequences as batches, `chunk` at a time; `prefix` are the ids that begin every dialogue of the template.
+
+    Raises:
+        UserError: there is no sequence.
+    """
     empty = True
-    for group in _grouped(sequences, chunk):
+    for group in grouped(sequences, chunk):
         empty = False
         yield batch(group, prefix)
     if empty:
@@ -83,64 +95,94 @@ def _batches(
         raise UserError("the data gives no token sequence" + (f": {counted}" if counted else ""))
 
 
-def _dialogues(
-    items: Iterable[Dialogue] | Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    template: ChatTemplate,
-    tally: Counter[str],
-    chunk: int,
-) -> Iterator[Tokens]:
-    """Every dialogue that can be rendered, whole."""
-    for group in _grouped(items, chunk):
-        rendered: list[Rendered] = []
-        for item in group:
-            if not isinstance(item, Dialogue):
-                raise UserError(f"data.method: fast and bt-f take dialogues, got a {type(item).__name__} (use bt-p)")
-            try:
-                rendered.append(template.render(item))
-            except SkippedError as reason:
-                tally[str(reason)] += 1
-        if not rendered:
-            continue
-        encoded = encode(tokenizer, [one.text for one in rendered], offsets=tokenizer.is_fast)
-        for index, one in enumerate(rendered):
-            ids = encoded["input_ids"][index]
-            offsets = encoded["offset_mapping"][index] if tokenizer.is_fast else None
-            if one.spans is None or offsets is None:
-                tally["kept, but labelled by its headers: the contents could not be located"] += 1
-            if ids:
-                yield Tokens(one.name, np.array(ids, np.int64), template.label(one, ids, offsets))
-            else:
-                tally["no token"] += 1
+class Tokenised(NamedTuple):
+    """The tokens of a dialogue or document; None where it was skipped. `note`: why, or what is odd about it."""
+
+    tokens: Tokens | None
+    note: str = ""
 
 
-def _documents(
-    items: Iterable[Dialogue] | Iterable[Document],
-    tokenizer: PreTrainedTokenizerBase,
-    tally: Counter[str],
-    chunk: int,
-) -> Iterator[Tokens]:
-    """Every document with its separator."""
+def tokenise(items: Sequence[Dialogue | Document], tokenizer: PreTrainedTokenizerBase) -> list[Tokenised]:
+    """Each item's labelled tokens, whole: dialogues through the chat template, documents with their separator.
+
+    Raises:
+        UserError: there are dialogues among the items and the tokenizer has no chat template.
+    """
+    if any(isinstance(item, Dialogue) for item in items):
+        return _tokenised_dialogues(cast(Sequence[Dialogue], items), tokenizer, chat_template(tokenizer))
+    return _tokenised_documents(cast(Sequence[Document], items), tokenizer)
+
+
+def _tokenised_dialogues(
+    items: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, template: ChatTemplate
+) -> list[Tokenised]:
+    rendered: list[Rendered | str] = []
+    for item in items:
+        try:
+            rendered.append(template.render(item))
+        except SkippedError as reason:
+            rendered.append(str(reason))
+    texts = [one.text for one in rendered if not isinstance(one, str)]
+    encoded = encode(tokenizer, texts, offsets=tokenizer.is_fast) if texts else {"input_ids": []}
+    every_offset = encoded["offset_mapping"] if texts and tokenizer.is_fast else [None] * len(texts)
+    pairs = zip(encoded["input_ids"], every_offset, strict=True)
+    return [
+        Tokenised(None, one) if isinstance(one, str) else _labelled(one, *next(pairs), template) for one in rendered
+    ]
+
+
+def _labelled(one: Rendered, ids: list[int], offsets: list[Span] | None, template: ChatTemplate) -> Tokenised:
+    if not ids:
+        return Tokenised(None, "no token")
+    unlocated = one.spans is None or offsets is None
+    note = "kept, but labelled by its headers: the contents could not be located" if unlocated else ""
+    return Tokenised(Tokens(one.name, np.array(ids, np.int64), template.label(one, ids, offsets)), note)
+
+
+def _tokenised_documents(items: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> list[Tokenised]:
     before, after = _separators(tokenizer)
     special = special_text(tokenizer)
-    for group in _grouped(items, chunk):
-        kept: list[Document] = []
-        for item in group:
-            if not isinstance(item, Document):
-                raise UserError(f"data.method: bt-p takes documents, got a {type(item).__name__} (use read_text)")
-            try:
-                check_content(item.text, special)
-                kept.append(item)
-            except SkippedError as reason:
-                tally[str(reason)] += 1
-        if not kept:
+    notes: list[str] = []
+    for item in items:
+        try:
+            check_content(item.text, special)
+            notes.append("")
+        except SkippedError as reason:
+            notes.append(str(reason))
+    texts = [item.text for item, note in zip(items, notes, strict=True) if not note]
+    every_ids = iter(encode(tokenizer, texts, offsets=False)["input_ids"] if texts else [])
+    found = []
+    for item, note in zip(items, notes, strict=True):
+        if note:
+            found.append(Tokenised(None, note))
             continue
-        encoded = encode(tokenizer, [document.text for document in kept], offsets=False)
-        for document, ids in zip(kept, encoded["input_ids"], strict=True):
-            labels = Labels.empty(len(before) + len(ids) + len(after))
-            labels.kind[: len(before)] = Kind.CONTROL
-            labels.kind[len(before) + len(ids) :] = Kind.CONTROL
-            yield Tokens(document.id, np.array([*before, *ids, *after], np.int64), labels)
+        ids = next(every_ids)
+        labels = Labels.empty(len(before) + len(ids) + len(after))
+        labels.kind[: len(before)] = Kind.CONTROL
+        labels.kind[len(before) + len(ids) :] = Kind.CONTROL
+        found.append(Tokenised(Tokens(item.id, np.array([*before, *ids, *after], np.int64), labels)))
+    return found
+
+
+def _sequences(
+    items: Iterable[Dialogue] | Iterable[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    tally: Counter[str],
+    chunk: int,
+) -> Iterator[Tokens]:
+    """Every item that has tokens, whole; what is odd or skipped is counted."""
+    wanted, hint = (Document, "use read_text") if method == "bt-p" else (Dialogue, "use bt-p")
+    for group in grouped(items, chunk):
+        for item in group:
+            if not isinstance(item, wanted):
+                takes = "documents" if wanted is Document else "dialogues"
+                raise UserError(f"data.method: {method} takes {takes}, got a {type(item).__name__} ({hint})")
+        for tokens, note in tokenise(group, tokenizer):
+            if note:
+                tally[note] += 1
+            if tokens is not None:
+                yield tokens
 
 
 def _separators(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -154,7 +196,15 @@ def _separators(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
     return [], [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
-def _grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    iterator = iter(items)
-    while group := list(islice(iterator, size)):
+def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of at most `size`, and of not much more text than a million characters."""
+    group: list[T] = []
+    characters = 0
+    for item in items:
+        group.append(item)
+        characters += len(item.text) if isinstance(item, Document) else 0
+        if len(group) == size or characters > _CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
         yield group

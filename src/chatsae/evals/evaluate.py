@@ -26,7 +26,6 @@ from chatsae.sae.base import SAE
 _LOGITS = 2**27  # logits of one forward: half a gigabyte in float32
 
 
-@torch.inference_mode()
 def evaluate(
     saes: Mapping[str, SAE],
     lm: LanguageModel,
@@ -36,6 +35,25 @@ def evaluate(
     max_length: int = 8192,
     token_budget: int = 4096,
     tally: Counter[str] | None = None,
+) -> Report:
+    """The metrics of `evaluate_tokens` on the first `limit` dialogues, each cut at `max_length` tokens.
+
+    Raises:
+        UserError: there is no dialogue to evaluate on, or the model cannot take one.
+    """
+    tokens = render(islice(dialogues, limit), lm.tokenizer, method="fast", max_length=max_length, tally=tally)
+    return evaluate_tokens(saes, lm, tokens, limit=limit, max_length=max_length, token_budget=token_budget)
+
+
+@torch.inference_mode()
+def evaluate_tokens(
+    saes: Mapping[str, SAE],
+    lm: LanguageModel,
+    tokens: Iterable[TokenBatch],
+    *,
+    limit: int | None = None,
+    max_length: int = 8192,
+    token_budget: int = 4096,
 ) -> Report:
     """MSE and MSE_st (eq. 7), explained variance, l0, dead fraction and Delta Loss of every SAE.
 
@@ -50,24 +68,23 @@ def evaluate(
     sums = {name: Reconstruction(sae.spec.d_in, sae.spec.d_sae) for name, sae in saes.items()}
     losses = {name: DeltaLoss() for name in saes}
     budget = min(token_budget, _LOGITS // full.vocab_size)
-    stream = render(islice(dialogues, limit), lm.tokenizer, method="fast", max_length=max_length, tally=tally)
     n_dialogues, digest = 0, hashlib.sha256()
     with console.progress("evaluate", limit) as advance:
-        for tokens in _batches(_hashed(stream, digest), budget, full.rope_split):
-            n_dialogues += len(tokens)
-            ids, real = tokens.padded().to(full.device), _real(tokens).to(full.device)
+        for batch in _batches(_hashed(_first(tokens, limit), digest), budget, full.rope_split):
+            n_dialogues += len(batch)
+            ids, real = batch.padded().to(full.device), _real(batch).to(full.device)
             logits, residuals = _forward(full, ids, layers)
             clean = token_losses(logits, ids, real)
-            assistant = _scored(tokens, real.cpu()) == Role.ASSISTANT
-            by_id = torch.isin(tokens.input_ids, special)
+            assistant = _scored(batch, real.cpu()) == Role.ASSISTANT
+            by_id = torch.isin(batch.input_ids, special)
             for name, sae in saes.items():
                 x = residuals[sae.spec.layer][real]
                 feature_acts = sae.encode(x)
                 sae_out = sae.decode(feature_acts)
-                sums[name].add(x, sae_out, feature_acts, tokens.sequence, by_id, tokens.special, len(tokens))
+                sums[name].add(x, sae_out, feature_acts, batch.sequence, by_id, batch.special, len(batch))
                 spliced = _spliced(full, sae.spec.layer, sae_out.to(x), real, ids)
                 losses[name].add(clean, token_losses(spliced, ids, real), assistant)
-            advance(len(tokens))
+            advance(len(batch))
     rows = {name: sums[name].metrics() | losses[name].metrics() for name in saes}
     facts = {
         "model": lm.name,
@@ -76,6 +93,16 @@ def evaluate(
         "tokens_sha256": digest.hexdigest(),
     }
     return Report(rows=rows, facts=facts)
+
+
+def _first(stream: Iterable[TokenBatch], limit: int | None) -> Iterator[TokenBatch]:
+    left = limit
+    for tokens in stream:
+        if left is not None and len(tokens) >= left:
+            yield tokens.select(range(left))
+            return
+        yield tokens
+        left = None if left is None else left - len(tokens)
 
 
 def _hashed(stream: Iterator[TokenBatch], digest: "hashlib._Hash") -> Iterator[TokenBatch]:

@@ -9,7 +9,8 @@ from typing import Any
 from chatsae import console
 from chatsae.console import Column
 from chatsae.errors import UserError
-from chatsae.runs import Run, write_json
+from chatsae.files import write_json
+from chatsae.runs import Run
 
 COLUMNS = (
     Column("mse", "mse\n(log2)", best="min", beside="log2_mse"),

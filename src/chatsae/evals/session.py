@@ -1,14 +1,20 @@
 """Evaluate the SAEs of a run directory."""
 
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from chatsae import console
-from chatsae.data.sources import read
+from chatsae.batch import TokenBatch
+from chatsae.config import RunConfig
+from chatsae.data.prepared import Prepared
+from chatsae.data.reading import read
+from chatsae.data.render import render
 from chatsae.errors import UserError
-from chatsae.evals.evaluate import evaluate
+from chatsae.evals.evaluate import evaluate_tokens
 from chatsae.evals.report import Report
-from chatsae.lm.load import load_model
+from chatsae.lm.load import LanguageModel, load_model
 from chatsae.runs import Run
 from chatsae.sae.base import SAE
 
@@ -28,18 +34,25 @@ def evaluate_run(path: Path, *, dialogues: int | None = None) -> Report:
     lm = load_model(config.model, head=True)
     for sae in saes.values():
         sae.to(lm.device)
-    sources = config.eval.sources or config.data.sources
     tally: Counter[str] = Counter()
-    report = evaluate(
+    report = evaluate_tokens(
         saes,
         lm,
-        read(*sources, split="eval", tally=tally),
+        _held_out(config, lm, limit, tally),
         limit=limit,
         max_length=config.data.max_length,
         token_budget=config.harvest.token_budget,
-        tally=tally,
     )
     report.save(run.path / "report.json")
     for reason, n in tally.most_common():
         console.say(f"{n:,} × {reason}")
     return report
+
+
+def _held_out(config: RunConfig, lm: LanguageModel, limit: int, tally: Counter[str]) -> Iterator[TokenBatch]:
+    data = config.data
+    if data.prepared and not config.eval.sources:
+        return Prepared(data.prepared, lm.tokenizer).batches(split="eval", max_length=data.max_length, tally=tally)
+    sources = config.eval.sources or data.sources
+    dialogues = islice(read(*sources, split="eval", order=data.order, tally=tally), limit)
+    return render(dialogues, lm.tokenizer, max_length=data.max_length, tally=tally)

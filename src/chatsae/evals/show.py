@@ -4,6 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from chatsae.data.manifest import MANIFEST, Manifest
+from chatsae.data.summary import prepared_table
 from chatsae.errors import UserError
 from chatsae.evals.report import Report, compare
 from chatsae.recipe import to_yaml
@@ -12,7 +14,7 @@ from chatsae.sae.interop import read as read_sae
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """What `path` is: an SAE, a run, or a directory of runs; with its facts.
+    """What `path` is: an SAE, a run, prepared data, or a directory of runs; with its facts.
 
     Raises:
         UserError: it does not exist, or is none of these.
@@ -24,9 +26,11 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "sae", "path": str(path), **asdict(spec), "metadata": metadata}
     if (path / "config.yaml").is_file():
         return _run_facts(Run.read(path))
+    if (path / MANIFEST).is_file():
+        return {"kind": "data", "path": str(path), **Manifest.read(path).facts}
     runs = [Run.read(p.parent) for p in sorted(path.glob("*/config.yaml"))]
     if not runs:
-        raise UserError(f"{path} holds no SAE (cfg.json), no run (config.yaml) and no directory of runs")
+        raise UserError(f"{path} holds no SAE (cfg.json), no run (config.yaml), no prepared data (manifest.json), no runs")
     return {"kind": "runs", "path": str(path), "runs": [_run_facts(run) for run in runs]}
 
 
@@ -35,6 +39,8 @@ def show_text(facts: dict[str, Any]) -> str:
     if facts["kind"] == "sae":
         lines = [f"{facts['path']}: an SAE"]
         return "\n".join(lines + [f"  {k}: {v}" for k, v in facts.items() if k not in ("kind", "path")])
+    if facts["kind"] == "data":
+        return prepared_table(Manifest.read(Path(facts["path"])))
     if facts["kind"] == "run":
         return _run_text(facts)
     together = all(run["report"] for run in facts["runs"])

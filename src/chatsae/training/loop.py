@@ -1,10 +1,7 @@
 """Train every SAE of a grid from one stream of mixed activations."""
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -114,7 +111,7 @@ def train_states(
     layers = tuple(layers or sorted({state.sae.spec.layer for state in states.values()}))
     first = step = _start(states, acts, layers, checkpoint)
     total, tokens, meter, ending = steps_of(config).total, first * config.batch_size, Meter(), "done"
-    with _stop_requested() as stop, console.progress("train", total - first) as advance:
+    with console.stop_requested("this step") as stop, console.progress("train", total - first) as advance:
         while step < total and ending == "done":
             batch = _next(acts, meter)
             if batch is None:
@@ -234,25 +231,3 @@ def _live(record: Mapping[str, Any]) -> str:
     more = f" +{len(shown) - 2} more" if len(shown) > 2 else ""
     shares = " ".join(f"{k} {v:.0%}" for k, v in record["shares"].items())
     return f"{record['tokens_per_second']:,.0f} tokens/s ({shares}) | {' | '.join(shown[:2])}{more}"
-
-
-@contextmanager
-def _stop_requested() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that a step is never cut in half; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handler(signum: int, frame: object) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-        console.say("stopping after this step; press Ctrl-C again to stop at once")
-
-    previous = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)

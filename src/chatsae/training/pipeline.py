@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,35 +11,54 @@ from chatsae.batch import TokenBatch
 from chatsae.buffer import Mixer, mix
 from chatsae.config import DataConfig, RunConfig
 from chatsae.data.dedup import dedup
+from chatsae.data.manifest import recipe_of
+from chatsae.data.prepared import Prepared
+from chatsae.data.reading import read, read_text
 from chatsae.data.render import render
-from chatsae.data.sources import read, read_text
+from chatsae.data.sources import resolve
 from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel
 
 
 def token_batches(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, tally: Counter[str] | None = None
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    facts: dict[str, Any] | None = None,
+    tally: Counter[str] | None = None,
 ) -> Iterator[TokenBatch]:
-    """The training sequences of a method, pass after pass over its sources.
+    """The training sequences of a method, pass after pass over its sources or its prepared data.
 
-    Every pass has another seed, which reorders and rewords the built-in corpus. What is dropped is counted in `tally`.
+    Every pass over sources has another seed, which reorders them and rewords the built-in corpus. `facts`: those of
+    `data_facts`, whose hub revisions are read. What is dropped is counted in `tally`.
 
     Raises:
         UserError: a source cannot be read, or gives no sequence.
     """
     for epoch in range(data.epochs) if data.epochs else count():
-        yield from _one_pass(data, tokenizer, seed + epoch, tally)
+        if data.prepared:
+            prepared = Prepared(data.prepared, tokenizer)
+            sizes = {"max_length": data.max_length, "block_size": data.block_size}
+            yield from prepared.batches(method=data.method, tally=tally, **sizes)
+        else:
+            yield from _one_pass(data, tokenizer, seed + epoch, _revisions(facts), tally)
 
 
 def _one_pass(
-    data: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int, tally: Counter[str] | None
+    data: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    revisions: dict[str, str],
+    tally: Counter[str] | None,
 ) -> Iterator[TokenBatch]:
     if data.method == "bt-p":
-        stream = read_text(*data.text_sources, split="train", seed=seed, tally=tally)
+        stream = read_text(*data.text_sources, seed=seed, order=data.order, revisions=revisions, tally=tally)
     else:
-        stream = read(*data.sources, split="train", seed=seed, tally=tally)
+        stream = read(*data.sources, seed=seed, order=data.order, revisions=revisions, tally=tally)
         if data.ngram:
-            stream = dedup(stream, ngram=data.ngram, tally=tally)
+            memory_gb = data.memory_gb or None
+            stream = dedup(stream, ngram=data.ngram, roles=data.ngram_roles, memory_gb=memory_gb, tally=tally)
     return render(
         stream,
         tokenizer,
@@ -49,9 +69,38 @@ def _one_pass(
     )
 
 
-def activations(config: RunConfig, lm: LanguageModel, *, skip: int = 0, tally: Counter[str] | None = None) -> Mixer:
+def data_facts(
+    data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, seed: int, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What the training sequences follow from: the digest of the prepared data's manifest, or what one would say of
+    the sources. `before`: the facts of the same run when it began, which name its hub revisions.
+
+    Raises:
+        UserError: there is no such prepared data, or a source cannot be found.
+    """
+    if data.prepared:
+        return {"prepared": data.prepared, "manifest_sha256": Prepared(data.prepared, tokenizer).manifest.sha256}
+    names = data.text_sources if data.method == "bt-p" else data.sources
+    kind = "documents" if data.method == "bt-p" else "dialogues"
+    found = resolve(names, kind, splits=("train",), seed=seed, revisions=_revisions(before))
+    return recipe_of(data, found, (), tokenizer, seed=seed, max_tokens=0)
+
+
+def _revisions(facts: dict[str, Any] | None) -> dict[str, str]:
+    sources = (facts or {}).get("sources", [])
+    return {source["name"]: source["revision"] for source in sources if "revision" in source}
+
+
+def activations(
+    config: RunConfig,
+    lm: LanguageModel,
+    *,
+    skip: int = 0,
+    facts: dict[str, Any] | None = None,
+    tally: Counter[str] | None = None,
+) -> Mixer:
     """The mixed activations of a run; `skip` forwards of an interrupted run are passed over without computing them."""
-    tokens = token_batches(config.data, lm.tokenizer, seed=config.train.seed, tally=tally)
+    tokens = token_batches(config.data, lm.tokenizer, seed=config.train.seed, facts=facts, tally=tally)
     harvest = Harvest(
         lm,
         tokens,

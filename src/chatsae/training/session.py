@@ -8,14 +8,16 @@ from typing import Any
 
 from chatsae import console
 from chatsae.config import RunConfig, SAESpec, sae_specs
+from chatsae.data.manifest import changes, manifest_digest
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
+from chatsae.files import write_json
 from chatsae.lm.harvest import ISOLATION_TOLERANCE, isolation_error
 from chatsae.lm.load import LanguageModel, load_model
-from chatsae.runs import Checkpoint, Run, write_json
+from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid
 from chatsae.training.loop import Summary, make_states, train_states
-from chatsae.training.pipeline import activations
+from chatsae.training.pipeline import activations, data_facts
 
 
 def train_run(config: RunConfig, out: Path) -> Summary:
@@ -35,11 +37,12 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         tally: Counter[str] = Counter()
         isolation = _check_isolation(lm) if config.harvest.token_budget > 1 else 0.0
         checkpoint = _checkpoint(run, lm)
+        facts = _data_facts(run, lm, resumes=checkpoint is not None)
         run.forget_after(0 if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
             console.say(f"resuming at step {checkpoint.step:,}, past the data that was trained on")
         done = 0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"]
-        acts = activations(config, lm, skip=done, tally=tally)
+        acts = activations(config, lm, skip=done, facts=facts, tally=tally)
         specs = sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in)
         saes = build_grid(specs, seed=config.train.seed)
         for sae in saes.values():
@@ -54,10 +57,12 @@ def train_run(config: RunConfig, out: Path) -> Summary:
             )
         if summary.ending == "interrupted":
             return summary
+        manifest_sha256 = manifest_digest(facts)
         for name, state in states.items():
-            metadata = _metadata(config, state.sae.spec, lm)
+            metadata = _metadata(config, state.sae.spec, lm, manifest_sha256)
             state.sae.save(run.path / "saes" / name, metadata=metadata, sparsity=state.firing_frequency())
-        write_json(run.path / "summary.json", asdict(summary) | {"dropped": dict(tally), "isolation_error": isolation})
+        about = {"dropped": dict(tally), "isolation_error": isolation, "manifest_sha256": manifest_sha256}
+        write_json(run.path / "summary.json", asdict(summary) | about)
         run.clear_checkpoints()
         return summary
     finally:
@@ -71,6 +76,27 @@ def _checkpoint(run: Run, lm: LanguageModel) -> Checkpoint | None:
         for name in checkpoint.tensors.keys() & {"buffer/ring", "buffer/pending"}:
             checkpoint.tensors[name] = checkpoint.tensors[name].to(lm.device)
     return checkpoint
+
+
+def _data_facts(run: Run, lm: LanguageModel, *, resumes: bool) -> dict[str, Any]:
+    """data.json of the run: what its data follows from, written when it begins.
+
+    Raises:
+        UserError: a run that goes on would read other data than it began with.
+    """
+    path = run.path / "data.json"
+    before = None
+    if resumes and path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path} is damaged ({error}); delete the run directory to begin again") from None
+    facts = data_facts(run.config.data, lm.tokenizer, seed=run.config.train.seed, before=before)
+    changed = changes(before, facts) if before is not None else []
+    if changed:
+        raise UserError(f"the data of {run.path} is not what it began with: {'; '.join(changed)}")
+    write_json(path, facts)
+    return facts
 
 
 def _check_isolation(lm: LanguageModel) -> float:
@@ -128,7 +154,7 @@ def _finished(run: Run) -> Summary | None:
         raise UserError(f"{path} is damaged ({error}); delete it to train this run again") from None
 
 
-def _metadata(config: RunConfig, spec: SAESpec, lm: LanguageModel) -> dict[str, Any]:
+def _metadata(config: RunConfig, spec: SAESpec, lm: LanguageModel, manifest_sha256: str) -> dict[str, Any]:
     data = config.data
     return {
         "model_name": config.model.name,
@@ -137,6 +163,7 @@ def _metadata(config: RunConfig, spec: SAESpec, lm: LanguageModel) -> dict[str, 
         "context_size": data.max_length if data.method == "fast" else data.block_size,
         "dataset_path": ", ".join(data.text_sources if data.method == "bt-p" else data.sources),
         "method": data.method,
+        "manifest_sha256": manifest_sha256,
         "training_tokens": config.train.tokens,
         "seed": config.train.seed,
         "template_sha256": template_facts(lm.tokenizer).sha256 if lm.tokenizer.chat_template else None,
