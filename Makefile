@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench docs tiny-chat results parity fuzz clean
+.PHONY: help demo test check fix bench docs tiny-chat results parity fuzz models clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ tiny-chat: $(VENV)/.run ## rebuild the bundled chat model from nothing (under tw
 
 results: $(VENV)/.run ## rebuild docs/results.md: three methods, three seeds, a million tokens each
 	$(BIN)/python tools/results.py
+
+models: $(VENV)/.dev ## rebuild docs/models.md: a small checkpoint of every family that transformers ships (minutes)
+	$(BIN)/python tools/model_table.py
 
 fuzz: $(VENV)/.dev ## 200,000 damaged rows and files into normalise and the readers (under two minutes of CPU)
 	$(BIN)/python tools/fuzz.py

@@ -9,8 +9,8 @@ import torch
 from chatsae.batch import ActivationBatch
 from chatsae.buffer import mix
 from chatsae.config import SAEConfig, sae_specs
-from chatsae.data.render import render
 from chatsae.data.reading import read
+from chatsae.data.render import render
 from chatsae.lm.load import LanguageModel
 from chatsae.runs import environment
 from chatsae.sae.grid import build_grid

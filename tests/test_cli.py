@@ -84,4 +84,4 @@ def test_what_does_not_exist_is_named(argv, message, capsys):
 
 def test_show_says_what_an_empty_directory_is_not(tmp_path, capsys):
     assert main(["show", str(tmp_path)]) == 2
-    assert "holds no SAE (cfg.json), no run (config.yaml)" in capsys.readouterr().err
+    assert "holds no SAE (cfg.json), run (config.yaml)" in capsys.readouterr().err

@@ -21,6 +21,7 @@ LAYERS = {
     "training": 4,
     "evals": 4,
     "demo": 5,
+    "bench": 5,
     "cli": 6,
     "__init__": 5,
 }

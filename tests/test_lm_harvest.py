@@ -1,26 +1,21 @@
 """Harvested activations are those of each sequence alone, whatever the batching."""
 
+import threading
+import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from chatsae.batch import ActivationBatch, TokenBatch
 from chatsae.buffer import mix
 from chatsae.errors import UserError
-from chatsae.lm.harvest import (
-    ISOLATION_TOLERANCE,
-    Harvest,
-    bare_tokens,
-    forward,
-    isolation_error,
-    plan,
-    relative_error,
-)
+from chatsae.lm.forward import Way, bare_tokens, forward, plan
+from chatsae.lm.harvest import Harvest, ahead
 from chatsae.lm.load import LanguageModel
 from tiny_models import DECODERS, VOCAB, random_tokens, tiny_model
 
@@ -71,7 +66,6 @@ def test_equals_the_forward_of_one_dialogue_at_a_time(tmp_path: Path, family: st
     for name, acts in expected.items():
         assert harvested[name].shape == acts.shape
         assert worst(harvested[name], acts) < 1e-5
-    assert isolation_error(lm) < 1e-5
 
 
 def test_the_dialogues_beside_it_change_nothing(lm: LanguageModel) -> None:
@@ -79,38 +73,6 @@ def test_the_dialogues_beside_it_change_nothing(lm: LanguageModel) -> None:
     mixed = bare_tokens([tokens.select([0]).input_ids, others.select([1]).input_ids, others.select([2]).input_ids])
     assert torch.equal(forward(lm, tokens)[:, :9], forward(lm, mixed)[:, :9])
     assert not torch.allclose(forward(lm, tokens)[:, 9:], forward(lm, mixed)[:, 9:])
-
-
-def test_a_packed_row_without_isolation_is_caught(lm: LanguageModel) -> None:
-    tokens = random_tokens([3, 1, 40, 17])
-    row = tokens.input_ids[None]
-    positions = torch.cat([torch.arange(n) for n in tokens.lengths.tolist()])[None]
-    full = lm.with_head()
-    packed: dict[bool, Tensor] = {}
-    for cache in (True, False):
-        with torch.inference_mode():
-            states = full.model(input_ids=row, position_ids=positions, use_cache=cache, output_hidden_states=True)
-        packed[cache] = states.hidden_states[3][0]
-    expected = torch.cat(list(alone(lm, tokens).values()), dim=1)[1]
-    assert relative_error(packed[True], expected) > 100 * ISOLATION_TOLERANCE[torch.float32]
-    # the same comparison passes where the library does keep the dialogues apart
-    assert relative_error(packed[False], expected) < ISOLATION_TOLERANCE[torch.float32]
-
-
-def test_isolation_error_sees_a_leak(lm: LanguageModel) -> None:
-    assert isolation_error(lm) < 1e-5
-    # a norm over the whole batch lets every token see every other, as a wrong attention would
-    handle = lm.blocks[0].register_forward_pre_hook(lambda m, args: (args[0] - args[0].mean(dim=(0, 1)), *args[1:]))
-    try:
-        assert isolation_error(lm) > ISOLATION_TOLERANCE[torch.float32]
-    finally:
-        handle.remove()
-
-
-def test_bfloat16_is_isolated_too(tmp_path: Path) -> None:
-    lm = LanguageModel(tiny_model(tmp_path, "qwen2"), [2], dtype="bfloat16")
-    assert forward(lm, random_tokens([5, 9])).dtype == torch.bfloat16
-    assert isolation_error(lm) < ISOLATION_TOLERANCE[torch.bfloat16]
 
 
 def test_tokens_and_activations_go_together(lm: LanguageModel) -> None:
@@ -129,7 +91,7 @@ def test_tokens_and_activations_go_together(lm: LanguageModel) -> None:
 
 def test_the_budget_changes_the_grouping_but_no_activation(lm: LanguageModel) -> None:
     tokens = random_tokens(LENGTHS)
-    runs = [list(Harvest(lm, [tokens], token_budget=b, seed=3)) for b in (1, 120, 100_000)]
+    runs = [list(Harvest(lm, [tokens], way="padded", token_budget=b, seed=3)) for b in (1, 120, 100_000)]
     assert [len(r) for r in runs] == [14, len(plan(LENGTHS, token_budget=120)), 1]
     expected = by_name(runs[0])
     for run in runs[1:]:
@@ -140,7 +102,7 @@ def test_the_budget_changes_the_grouping_but_no_activation(lm: LanguageModel) ->
 
 def test_budget_and_seed_fix_every_bit(lm: LanguageModel) -> None:
     def run(seed: int) -> list[ActivationBatch]:
-        return list(Harvest(lm, [random_tokens(LENGTHS)], token_budget=120, pool=8, seed=seed))
+        return list(Harvest(lm, [random_tokens(LENGTHS)], way="packed", token_budget=120, pool=8, seed=seed))
 
     first, same, other = run(0), run(0), run(1)
     assert [b.tokens.names for b in first] == [b.tokens.names for b in same]
@@ -153,16 +115,16 @@ def test_budget_and_seed_fix_every_bit(lm: LanguageModel) -> None:
 def test_a_skipped_part_is_not_computed_and_the_rest_is_the_same(lm: LanguageModel, skip: int) -> None:
     tokens = random_tokens(LENGTHS)
     source = [tokens.select([i]) for i in range(14)]
-    whole = list(Harvest(lm, source, token_budget=120, pool=5))
+    whole = list(Harvest(lm, source, way="padded", token_budget=120, pool=5))
     assert len(whole) == 7
     forwards: list[None] = []
     handle = lm.blocks[0].register_forward_hook(lambda m, a, o: forwards.append(None))
-    rest = Harvest(lm, source, token_budget=120, pool=5, skip=skip)
-    assert rest.state_dict() == {"batches": skip}
+    rest = Harvest(lm, source, way="padded", token_budget=120, pool=5, skip=skip)
+    assert rest.state_dict() == {"batches": skip, "token_budget": 120}
     served = list(rest)
     handle.remove()
     assert len(forwards) == len(served) == max(0, len(whole) - skip)
-    assert rest.state_dict() == {"batches": skip + len(served)}
+    assert rest.state_dict() == {"batches": skip + len(served), "token_budget": 120}
     for a, b in zip(served, whole[skip:], strict=True):
         assert a.tokens.names == b.tokens.names
         assert torch.equal(a.acts, b.acts)
@@ -170,11 +132,11 @@ def test_a_skipped_part_is_not_computed_and_the_rest_is_the_same(lm: LanguageMod
 
 def test_resumes_through_the_buffer(lm: LanguageModel) -> None:
     source = [random_tokens(LENGTHS, seed=s) for s in range(3)]
-    whole = list(mix(Harvest(lm, source, token_budget=120, pool=5), capacity=200, batch_size=16))
-    mixer = mix(Harvest(lm, source, token_budget=120, pool=5), capacity=200, batch_size=16)
+    whole = list(mix(Harvest(lm, source, way="padded", token_budget=120, pool=5), capacity=200, batch_size=16))
+    mixer = mix(Harvest(lm, source, way="padded", token_budget=120, pool=5), capacity=200, batch_size=16)
     served = [next(mixer) for _ in range(17)]
     state = {k: v.clone() if isinstance(v, Tensor) else v for k, v in mixer.state_dict().items()}
-    harvest = Harvest(lm, source, token_budget=120, pool=5, skip=int(state["harvest_batches"]))
+    harvest = Harvest(lm, source, way="padded", token_budget=120, pool=5, skip=int(state["harvest_batches"]))
     resumed = mix(harvest, capacity=200, batch_size=16)
     resumed.load_state_dict(state)
     served += list(resumed)
@@ -189,27 +151,6 @@ def test_activations_can_be_trained_on(lm: LanguageModel) -> None:
     (acts * weight).sum().backward()
     assert weight.grad is not None
     assert torch.allclose(weight.grad, acts.sum(dim=(0, 1)))
-
-
-@given(
-    lengths=st.lists(st.integers(1, 60), max_size=40),
-    budget=st.integers(1, 200),
-    split=st.none() | st.integers(1, 60),
-)
-def test_a_plan_holds_every_sequence_once_within_the_budget(lengths: list[int], budget: int, split: int | None) -> None:
-    batches = plan(lengths, token_budget=budget, split=split)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        longest, shortest = max(lengths[i] for i in batch), min(lengths[i] for i in batch)
-        assert len(batch) == 1 or len(batch) * longest <= budget
-        assert split is None or longest <= split or shortest > split
-
-
-def test_a_sorted_pool_pads_little() -> None:
-    generator = torch.Generator().manual_seed(0)
-    lengths = (torch.randn(4096, generator=generator) + 5).exp().long().clamp(1, 4000).tolist()
-    padded = sum(len(b) * max(lengths[i] for i in b) for b in plan(lengths, token_budget=4096))
-    assert sum(lengths) / padded > 0.98
 
 
 def test_longrope_keeps_lengths_on_each_side_of_its_threshold_apart(tmp_path: Path) -> None:
@@ -252,30 +193,113 @@ def test_bad_sequences_are_named(lm: LanguageModel) -> None:
         next(Harvest(lm, [random_tokens([5, 300])], token_budget=1000))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_name_layer_and_dialogue(lm: LanguageModel, value: float) -> None:
-    def spoil(module: object, args: object, output: Tensor) -> Tensor:
-        output = output.clone()
-        output[1, 2:4, 5] = value
-        return output
+@contextmanager
+def spoiled(lm: LanguageModel, value: float, layer: int, *tokens: int) -> Iterator[None]:
+    """A model whose block puts out `value` for the given token ids."""
+    ids: list[Tensor] = []
 
-    handle = lm.blocks[2].register_forward_hook(spoil)
+    def remember(module: object, args: object, kwargs: dict[str, Tensor]) -> None:
+        ids[:] = [kwargs["input_ids"]]
+
+    def spoil(module: object, args: object, output: Tensor) -> Tensor:
+        return torch.where(torch.isin(ids[0], torch.tensor(tokens))[..., None], value, output)
+
+    handles = [
+        lm.decoder.register_forward_pre_hook(remember, with_kwargs=True),
+        lm.blocks[layer].register_forward_hook(spoil),
+    ]
     try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+BROKEN = [torch.arange(5), torch.tensor([9, 8, 100, 101, 7, 6]), torch.arange(7), torch.tensor([101])]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("way", ["padded", "packed", "single"])
+def test_activations_that_are_not_finite_name_layer_and_dialogue(lm: LanguageModel, value: float, way: Way) -> None:
+    tokens = bare_tokens(BROKEN)
+    with spoiled(lm, value, 2, 100, 101):
         with pytest.raises(UserError, match=r"layer 2, dialogue '1': NaN or infinite activations at 2 of 6 tokens"):
-            forward(lm, random_tokens([5, 6, 7]))
-    finally:
-        handle.remove()
-    handle = lm.blocks[0].register_forward_hook(spoil)
-    try:
-        with pytest.raises(UserError, match="layer 0, dialogue '1'"):
-            forward(lm, random_tokens([5, 6, 7]))
-    finally:
-        handle.remove()
+            forward(lm, tokens, way)
+        with pytest.raises(UserError, match=r"layer 2, dialogue '[13]': NaN .*float32, or harvest.on_nan skip"):
+            list(Harvest(lm, [tokens], way=way))
+    with spoiled(lm, value, 0, 100, 101), pytest.raises(UserError, match="layer 0, dialogue '1'"):
+        forward(lm, tokens, way)
+
+
+def test_dialogues_that_are_not_finite_can_be_left_out(lm: LanguageModel) -> None:
+    tokens, tally = bare_tokens(BROKEN), Counter[str]()
+    for budget in (1000, 1):
+        whole = by_name(list(Harvest(lm, [tokens], way="padded", token_budget=budget)))
+        with spoiled(lm, float("nan"), 0, 100, 101):
+            harvest = Harvest(lm, [tokens], way="padded", token_budget=budget, on_nan="skip", tally=tally)
+            batches = list(harvest)
+        got = by_name(batches)
+        assert got.keys() == {"0", "2"}
+        assert all(torch.equal(got[name], whole[name]) for name in got)
+        assert all(b.acts.shape[1] == len(b.tokens.input_ids) for b in batches)
+        assert harvest.state_dict()["batches"] == len(batches) == (1 if budget == 1000 else 4)
+        assert {(b.name, b.layer, b.tokens, b.length) for b in harvest.broken} == {("1", 0, 2, 6), ("3", 0, 1, 1)}
+    assert tally == {"NaN or infinite activations": 4}
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_reading_ahead_changes_nothing(lm: LanguageModel, prefix: bool) -> None:
+    def run(read_ahead: bool, skip: int = 0) -> list[ActivationBatch]:
+        source = (random_tokens(LENGTHS, seed=s) for s in range(4))
+        return list(
+            Harvest(lm, source, way="padded", token_budget=90, pool=9, read_ahead=read_ahead, skip=skip, prefix=prefix)
+        )
+
+    want, got = run(False), run(True)
+    assert len(want) > 20
+    for skip in (0, 7):
+        got = run(True, skip)
+        assert all(torch.equal(a.acts, b.acts) for a, b in zip(got, want[skip:], strict=True))
+
+
+def test_an_error_of_the_data_comes_through_the_thread_in_its_place() -> None:
+    def source() -> Iterator[int]:
+        yield from range(3)
+        raise UserError("row 4 is broken")
+
+    stream = ahead(source())
+    assert [next(stream) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(UserError, match="row 4 is broken"):
+        next(stream)
+    assert list(ahead([])) == []
+
+
+def test_the_thread_reads_one_ahead_and_ends_with_its_reader() -> None:
+    made: list[int] = []
+
+    def source() -> Iterator[int]:
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    before = threading.active_count()
+    stream = ahead(source())
+    assert next(stream) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.05)
+    assert made == [0, 1, 2]  # one in use, one waiting, one in hand
+    stream.close()
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    assert made == [0, 1, 2]
 
 
 def test_wrong_options_are_refused(lm: LanguageModel) -> None:
-    with pytest.raises(UserError, match=r"harvest.token_budget: 0"):
-        Harvest(lm, [], token_budget=0)
+    with pytest.raises(UserError, match=r"harvest.token_budget: -1 given"):
+        Harvest(lm, [], token_budget=-1)
     with pytest.raises(UserError, match=r"harvest.pool: 0"):
         Harvest(lm, [], pool=0)
     with pytest.raises(UserError, match="no layers to read"):

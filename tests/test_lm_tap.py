@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from chatsae.errors import UserError
 from chatsae.lm.harvest import forward
 from chatsae.lm.load import LanguageModel
-from chatsae.lm.tap import find_blocks, read_residuals, splice
+from chatsae.lm.tap import check_blocks, find_blocks, read_residuals, splice
 from tiny_models import DECODERS, random_tokens, tiny_model, tiny_tokenizer
 
 
@@ -23,7 +23,10 @@ def logits(lm: LanguageModel) -> Tensor:
         return lm.with_head().model(input_ids=random_tokens([7, 7]).padded(), use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", [*DECODERS, "gpt2"])
+NORMS = {"gpt2": "ln_f", "phi": "final_layernorm"}
+
+
+@pytest.mark.parametrize("family", [*DECODERS, "gpt2", "phi", "olmo2", "gpt-oss", "minicpm3"])
 def test_a_layer_is_the_residual_stream_after_its_block(tmp_path: Path, family: str) -> None:
     lm = LanguageModel(tiny_model(tmp_path, family), [0, 1, 2, 3], head=True)
     ids = random_tokens([11, 11]).padded()
@@ -34,7 +37,7 @@ def test_a_layer_is_the_residual_stream_after_its_block(tmp_path: Path, family: 
     for layer in range(3):
         assert torch.equal(residuals[layer], states[layer + 1])
     assert not torch.allclose(residuals[3], states[4])  # the library's last entry is after the final norm
-    last_norm = lm.decoder.ln_f if family == "gpt2" else lm.decoder.norm
+    last_norm = lm.decoder.get_submodule(NORMS.get(family, "norm"))
     with torch.inference_mode():
         assert torch.equal(last_norm(residuals[3]), states[4])
 
@@ -84,27 +87,58 @@ def test_a_replacement_reaches_the_logits_and_only_while_it_lasts(lm: LanguageMo
         assert torch.equal(logits(lm), expected)
 
 
-def test_blocks_that_return_tuples_are_spliced_too(lm: LanguageModel) -> None:
-    class Tupled(nn.Module):
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_blocks_that_return_more_than_a_tensor_are_spliced_too(lm: LanguageModel, kind: type) -> None:
+    class Wrapped(nn.Module):
         def __init__(self, block: nn.Module) -> None:
             super().__init__()
             self.block = block
 
-        def forward(self, *args: object, **kwargs: object) -> tuple[Tensor, str]:
-            return self.block(*args, **kwargs), "kept"
+        def forward(self, *args: object, **kwargs: object) -> object:
+            return kind((self.block(*args, **kwargs), "kept"))
 
-    tupled = LanguageModel(lm.name, [1])
-    block = Tupled(tupled.blocks[1])
-    tupled.blocks[1] = block
-    tupled.head = True  # so that it is spliced as it stands
+    wrapped = LanguageModel(lm.name, [1])
+    block = Wrapped(wrapped.blocks[1])
+    wrapped.blocks[1] = block
+    wrapped.head = True  # so that it is spliced as it stands
     outputs: list[object] = []
-    with splice(tupled, 1, lambda x: x * 2):
+    with splice(wrapped, 1, lambda x: x * 2):
         block.register_forward_hook(lambda m, a, o: outputs.append(o))
-        found = read_residuals(tupled, random_tokens([5]).padded())
+        found = read_residuals(wrapped, random_tokens([5]).padded())
     alone = read_residuals(LanguageModel(lm.name, [1]), random_tokens([5]).padded())
     assert torch.equal(found[0], alone[0] * 2)
-    assert isinstance(outputs[0], tuple)
+    assert type(outputs[0]) is kind
     assert outputs[0][1] == "kept"
+
+
+def test_checking_reads_what_reading_reads(lm: LanguageModel) -> None:
+    ids = random_tokens([5]).padded()
+    with torch.inference_mode():
+        assert all(torch.equal(a, b) for a, b in zip(check_blocks(lm, ids), read_residuals(lm, ids), strict=True))
+
+
+def test_checking_says_what_a_model_cannot_do(lm: LanguageModel) -> None:
+    ids = random_tokens([5]).padded()
+    strange = LanguageModel(lm.name, [2])
+    third = strange.blocks[2]
+
+    class Twice(nn.Module):
+        def forward(self, x: Tensor, **kwargs: object) -> Tensor:
+            return third(third(x, **kwargs), **kwargs)
+
+    class Fails(nn.Module):
+        def forward(self, x: Tensor, **kwargs: object) -> Tensor:
+            raise ValueError("no picture was given\nmore")
+
+    strange.blocks[0] = Twice()
+    with pytest.raises(UserError, match="block 2 runs 3 times in a forward"):
+        check_blocks(strange, ids)
+    strange.blocks[0] = Fails()
+    with pytest.raises(UserError, match=r"does not run on token ids alone: no picture was given$"):
+        check_blocks(strange, ids)
+    whole = LanguageModel(lm.name, [2], head=True)
+    whole.blocks[3] = Fails()  # is not run when the model is read
+    assert len(check_blocks(whole, ids)) == 1
 
 
 def test_splicing_acts_on_generation_and_on_a_model_loaded_without_head(lm: LanguageModel) -> None:
@@ -134,5 +168,9 @@ def test_the_blocks_are_found_or_their_absence_said() -> None:
     inner = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])})
     model = nn.ModuleDict({"a": inner, "layers": nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])})
     assert find_blocks(model, 2) == ("layers", model["layers"])
-    with pytest.raises(UserError, match="no list of 3 decoder blocks"):
+    assert find_blocks(model, 2, "a.experts") == ("a.experts", inner["experts"])
+    assert find_blocks(model, 2, "model.layers") == ("layers", model["layers"])
+    with pytest.raises(UserError, match=r"no list of 3 decoder blocks in this model; model.layer_path"):
         find_blocks(model, 3)
+    with pytest.raises(UserError, match="no list of 2 decoder blocks at 'h'"):
+        find_blocks(model, 2, "h")

@@ -17,14 +17,14 @@ import pytest
 
 from chatsae.batch import SPLITS, Dialogue, Document, Message, TokenBatch
 from chatsae.config import DataConfig
-from chatsae.data import prepare as preparing
-from chatsae.data import selection, shards
 from chatsae.data.dedup import dedup_reference, ngrams
-from chatsae.data.manifest import Manifest
-from chatsae.data.prepare import prepare
-from chatsae.data.prepared import Prepared
 from chatsae.data.reading import split_of
 from chatsae.data.render import render
+from chatsae.data.store import prepare as preparing
+from chatsae.data.store import selection, shards
+from chatsae.data.store.manifest import Manifest
+from chatsae.data.store.prepare import prepare
+from chatsae.data.store.prepared import Prepared
 from chatsae.errors import UserError
 from chatsae.lm.checkpoint import load_tokenizer
 from shared_data import shared_data
@@ -144,7 +144,7 @@ def test_the_same_bytes_again_and_from_several_processes(config, tokenizer, tmp_
     run(config, tokenizer, tmp_path / "one")
     run(config, tokenizer, tmp_path / "two")
     assert files(tmp_path / "one") == files(tmp_path / "two")
-    monkeypatch.setattr("chatsae.data.parallel._ALONE", 2)
+    monkeypatch.setattr("chatsae.data.store.parallel._ALONE", 2)
     run(replace(config, workers=2), tokenizer, tmp_path / "three")
     assert files(tmp_path / "one") == files(tmp_path / "three")
 
@@ -278,7 +278,7 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from chatsae.cli import main
-from chatsae.data import prepare, selection, shards
+from chatsae.data.store import prepare, selection, shards
 selection.CHUNK, shards.SEGMENT_TOKENS, shards.SHARD_TOKENS = 16, 700, 2500
 prepare._CHECKPOINT_SECONDS = 0.0
 sys.exit(main(sys.argv[1:]))

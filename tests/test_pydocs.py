@@ -14,9 +14,9 @@ import pytest
 
 from chatsae.batch import SPLITS, Dialogue, Split
 from chatsae.data import pydocs
-from chatsae.data.pydocs_answers import ANSWERS, head, sentences, summary
-from chatsae.data.pydocs_dialogues import styled
-from chatsae.data.pydocs_objects import PyObject
+from chatsae.data.pydocs.answers import ANSWERS, head, sentences, summary
+from chatsae.data.pydocs.chats import styled
+from chatsae.data.pydocs.library import PyObject
 
 DIGEST = """
 import hashlib

@@ -99,7 +99,10 @@ def test_a_number_in_scientific_notation_is_a_number(tmp_path):
         ("train: {clip_grad_norm: big}", "train.clip_grad_norm must be a number, not 'big'"),
         ("train: 3", "train must be a mapping with the keys tokens, batch_size"),
         ("- 1", "the file must be a mapping with the keys model, data"),
-        ("data: {method: fsat}", "data.method must be one of fast, bt-f, bt-p, not 'fsat'; perhaps you meant fast"),
+        (
+            "data: {method: fsat}",
+            "data.method must be one of fast, bt-f, bt-f-isolated, bt-p, not 'fsat'; perhaps you meant fast",
+        ),
         ("train: {adam_betas: [0.9]}", "train.adam_betas must hold 2 values, not 1"),
         ("model: {layers: [1, two]}", r"model.layers\[1\] must be a whole number, not 'two'"),
         ("model: {name: [}", "is not valid YAML"),

@@ -481,6 +481,24 @@ def test_bt_f_is_fast_end_to_end_in_blocks(name):
         assert inside == [tuple(row[: p + 1]) == prefix[: p + 1] for p in range(32)]
 
 
+def test_bt_f_isolated_is_bt_f_cut_at_the_edges_of_dialogues(name):
+    tokenizer = TOKENIZERS[name]()
+    items, tally, block_tally = some(40), Counter(), Counter()
+    fast = rendered(items, tokenizer)
+    blocks = rendered(items, tokenizer, method="bt-f", block_size=32, tally=block_tally)
+    pieces = rendered(items, tokenizer, method="bt-f-isolated", block_size=32, chunk=3, tally=tally)
+    check_batch(pieces)
+    assert tally == block_tally
+    for column in ("input_ids", "role", "special"):
+        assert torch.equal(getattr(pieces, column), getattr(blocks, column))
+    n = len(blocks) * 32
+    edges = {edge for edge in (*range(0, n + 1, 32), *fast.cu_seqlens.tolist()) if edge <= n}
+    assert pieces.cu_seqlens.tolist() == sorted(edges)
+    numbers = [int(name.removeprefix("block ").partition(".")[0]) for name in pieces.names]
+    assert numbers == [start // 32 for start in pieces.cu_seqlens[:-1].tolist()]
+    assert len(set(pieces.names)) == len(pieces) > len(blocks)
+
+
 @pytest.mark.parametrize(
     ("get", "before", "after"),
     [
@@ -518,7 +536,7 @@ def test_bt_p_joins_documents_as_in_pretraining(get, before, after):
 def test_wrong_arguments():
     tokenizer = chat_tokenizer()
     for options, says in (
-        ({"method": "bt"}, "'bt' is not one of fast, bt-f, bt-p"),
+        ({"method": "bt"}, "'bt' is not one of fast, bt-f, bt-f-isolated, bt-p"),
         ({"max_length": 0}, "max_length: expected a positive number, got 0"),
         ({"method": "bt-f", "block_size": -1}, "block_size: expected a positive number"),
     ):

@@ -144,9 +144,10 @@ def test_a_loss_that_is_not_finite_names_the_sae_and_the_step(world):
 
 
 def test_a_model_whose_sequences_leak_is_refused(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("chatsae.training.session.isolation_error", lambda lm: 0.5)
-    with pytest.raises(UserError, match=r"change each other's activations by 0.5"):
-        train_run(config_of(world), tmp_path)
+    monkeypatch.setattr("chatsae.lm.probe.isolation", lambda lm, way, prefix=False: "they differ by 0.5")
+    config = config_of(world)
+    with pytest.raises(UserError, match=r"cannot be read padded: they differ by 0.5"):
+        train_run(replace(config, harvest=replace(config.harvest, way="padded")), tmp_path)
 
 
 def test_every_pass_has_its_own_seed(world, monkeypatch):

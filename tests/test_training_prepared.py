@@ -8,7 +8,7 @@ import pytest
 
 from chatsae.cli import main
 from chatsae.config import RunConfig
-from chatsae.data.summary import warnings
+from chatsae.data.store.summary import warnings
 from chatsae.errors import UserError
 from chatsae.evals.session import evaluate_run
 from chatsae.recipe import load_recipe, to_yaml
@@ -113,7 +113,7 @@ def test_a_run_does_not_go_on_with_other_data(prepared, tmp_path, monkeypatch):
     manifest = tmp_path / "data" / "manifest.json"
     text = manifest.read_text()
     manifest.write_text(text + "\n")
-    with pytest.raises(UserError, match=r"the data of .*run is not what it began with: manifest_sha256"):
+    with pytest.raises(UserError, match=r"data of .*run is not what it began with: manifest_sha256"):
         train_run(config, tmp_path / "run")
     manifest.write_text(text)
     assert train_run(config, tmp_path / "run").ending == "done"

@@ -44,6 +44,7 @@ _ROPE = {
     },
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
 }
+_OWN = object()  # in place of a common value: the class's own
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,16 +60,76 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # scales every block by the number of layers, so that a shortened configuration would change all activations
     "minicpm3": ("MiniCPM3Config", {"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16}),
     "gpt2": ("GPT2Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": 16}),
+    "phi": ("PhiConfig", {}),
+    "olmo2": ("Olmo2Config", {}),
+    "gpt-oss": (
+        "GptOssConfig",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16},
+    ),
+    "phimoe": ("PhimoeConfig", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16}),
+    "bloom": ("BloomConfig", {"n_head": 4, "n_layer": 4}),
+    "mamba": ("MambaConfig", {"state_size": 8}),
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        {"head_dim": 8, "num_kv_shared_layers": 0, "sliding_window": 16, "vocab_size_per_layer_input": VOCAB},
+    ),
+    "longcat": (
+        "LongcatFlashConfig",
+        {
+            "num_hidden_layers": _OWN,
+            "num_layers": 4,
+            "num_key_value_heads": 4,
+            "ffn_hidden_size": 64,
+            "expert_ffn_hidden_size": 32,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 8,
+            "v_head_dim": 8,
+            "head_dim": 8,
+            "moe_topk": 2,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+        },
+    ),
+    "hrm": ("HrmTextConfig", {"H_cycles": 2, "L_cycles": 2}),
     "bert": ("BertConfig", {"pad_token_id": 0}),
     "t5": ("T5Config", {"pad_token_id": 0, "decoder_start_token_id": 0}),
 }
 DECODERS = ("qwen2", "llama", "qwen3", "gemma2", "gemma3", "mixtral", "qwen2-moe")
 
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}}
+_EYES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_heads": 4}
+_PATCHES = {"image_size": 16, "patch_size": 4}
+_TURNED = {"depth": 2, "out_hidden_size": 32, "patch_size": 4}
+# class of the configuration, and what its text part and its vision part have of their own
+_MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gemma3-vl": ("Gemma3Config", {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 16}, _PATCHES),
+    "llava": ("LlavaConfig", {"model_type": "llama"}, {"model_type": "clip_vision_model", **_PATCHES}),
+    "mistral3": ("Mistral3Config", {"model_type": "mistral", "head_dim": 8}, {"model_type": "pixtral", **_PATCHES}),
+    "qwen2-vl": ("Qwen2VLConfig", _MROPE, {**_TURNED, "embed_dim": 32}),
+    "qwen2.5-vl": ("Qwen2_5_VLConfig", _MROPE, {**_TURNED, "fullatt_block_indexes": [1]}),
+    "qwen3-vl": ("Qwen3VLConfig", {**_MROPE, "head_dim": 8}, {**_TURNED, "deepstack_visual_indexes": [0]}),
+    "mllama": (
+        "MllamaConfig",
+        {"model_type": "mllama_text_model", "cross_attention_layers": [2], "bos_token_id": 1},
+        {**_PATCHES, "num_global_layers": 1, "intermediate_layers_indices": [0], "vision_output_dim": 64},
+    ),
+}
+MULTIMODAL = ("gemma3-vl", "llava", "mistral3", "qwen2-vl", "qwen2.5-vl", "qwen3-vl")
+
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
-    """The configuration of a family's tiny model."""
+    """The configuration of a family's tiny model; `overrides` are of its text part."""
+    if family in _MULTIMODAL:
+        name, text, vision = _MULTIMODAL[family]
+        return getattr(transformers, name)(
+            text_config={**_COMMON, **text, **overrides}, vision_config={**_EYES, **vision}, tie_word_embeddings=False
+        )
     name, own = _FAMILIES[family]
-    return getattr(transformers, name)(**{**_COMMON, **own, **overrides})
+    values = {**_COMMON, **own, **overrides}
+    return getattr(transformers, name)(**{field: value for field, value in values.items() if value is not _OWN})
 
 
 def tiny_model(directory: Path, family: str = "qwen2", *, shard_size: str = "1GB", **overrides: Any) -> Path:
@@ -80,6 +141,8 @@ def tiny_model(directory: Path, family: str = "qwen2", *, shard_size: str = "1GB
         model: Any = transformers.AutoModelForSeq2SeqLM.from_config(config)
     elif family == "bert":
         model = transformers.AutoModelForMaskedLM.from_config(config)
+    elif family in _MULTIMODAL:
+        model = transformers.AutoModelForImageTextToText.from_config(config)
     else:
         model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
-VERBS = ("", "demo", "prepare", "train", "eval", "compare", "plan", "show")
+VERBS = ("", "demo", "prepare", "train", "eval", "compare", "plan", "show", "bench")
 
 
 def page() -> str:

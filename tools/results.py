@@ -1,4 +1,4 @@
-"""Write docs/results.md: FAST, BT(F) and BT(P) on the bundled model, three seeds, mean and spread.
+"""Write docs/results.md: FAST and its baselines on the bundled model, three seeds, mean and spread.
 
 Runs that are already in --out are not trained again, so an interrupted call goes on where it stopped.
 """
@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from chatsae.demo.walkthrough import METHODS, for_method
+from chatsae.config import Method
+from chatsae.demo.walkthrough import for_method
 from chatsae.evals.report import Report
 from chatsae.evals.session import evaluate_run
 from chatsae.recipe import load_recipe
@@ -19,6 +20,7 @@ from chatsae.runs import environment
 from chatsae.training.session import train_run
 
 ROOT = Path(__file__).parents[1]
+METHODS: tuple[Method, ...] = ("bt-p", "bt-f", "bt-f-isolated", "fast")
 COLUMNS = {
     "mse": "mse",
     "log2_mse": "log2",
@@ -71,7 +73,7 @@ def ratios(found: dict[tuple[str, str], list[dict[str, Any]]]) -> str:
     lines = []
     for name in sorted({name for name, _ in found}):
         for metric in ("mse", "mse_st", "mse_st_template"):
-            for method in ("bt-f", "bt-p"):
+            for method in ("bt-f", "bt-f-isolated", "bt-p"):
                 pairs = zip(found[name, method], found[name, "fast"], strict=True)
                 lines.append(
                     f"- {name}: {metric} of {method} over fast: {cell([b[metric] / f[metric] for b, f in pairs])}"
@@ -97,7 +99,9 @@ page shows that the pipeline works and in which direction the methods differ her
 
 `mse` is eq. 7 of the paper; `mse_st` the same over special tokens matched by id, as the paper does;
 `mse_st_template` where the chat template wrote them. Lower is better except for explained variance; an `mse` is only
-comparable at a like `l0`. Delta Loss is in nats per token of the language model, on all tokens.
+comparable at a like `l0`. Delta Loss is in nats per token of the language model, on all tokens. `bt-f-isolated` reads
+the blocks of `bt-f` with attention kept within each dialogue: between it and `bt-f` lies what other dialogues in a
+block do, between it and `fast` what cutting dialogues at block edges does.
 
 Ratios, seed by seed (above 1: FAST is better):
 

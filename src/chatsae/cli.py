@@ -70,7 +70,7 @@ class Prepare:
     config: _Flat = field(default_factory=RunConfig)
 
     def __call__(self) -> None:
-        from chatsae.data.summary import prepared_table
+        from chatsae.data.store.summary import prepared_table
         from chatsae.training.prepare import prepare_data
 
         out = self.out or Path(self.config.data.prepared or Path("data") / self.recipe.stem)
@@ -156,6 +156,28 @@ class Show:
         console.result(facts if self.json else show_text(facts))
 
 
+@dataclass
+class Bench:
+    """Measure a part of chatsae on this machine, other libraries beside it; exits 1 when a claim does not hold."""
+
+    name: tyro.conf.Positional[Literal["dedup"]]
+    """dedup: the n-gram deduplication, beside the naive algorithm, DuckDB and datatrove (bench/requirements.txt)."""
+    source: tuple[str, ...] = ("pydocs",)
+    """Dialogues to measure on: sources as data.sources of a recipe has them."""
+    size: int = 0
+    """dedup: samples, made of the dialogues and of rewritten copies of them; 0: 20,000, about a minute."""
+    json: bool = False
+    """Print JSON on stdout in place of the tables."""
+
+    def __call__(self) -> None:
+        from chatsae.bench.dedup import bench_dedup
+
+        result = bench_dedup(self.source, self.size)
+        console.result(result.facts() if self.json else result.table())
+        if not result.holds:
+            raise SystemExit(1)
+
+
 _VERBS = {
     "demo": Demo,
     "prepare": Prepare,
@@ -164,6 +186,7 @@ _VERBS = {
     "compare": Compare,
     "plan": Plan,
     "show": Show,
+    "bench": Bench,
 }
 _WITH_RECIPE = {"prepare": Prepare, "train": Train}
 

@@ -7,7 +7,8 @@ from chatsae.errors import UserError
 
 Architecture = Literal["standard", "jumprelu"]
 Form = Literal["paper", "v6"]
-Method = Literal["fast", "bt-f", "bt-p"]
+Method = Literal["fast", "bt-f", "bt-f-isolated", "bt-p"]
+Way = Literal["padded", "packed", "single"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +23,12 @@ class ModelConfig:
     """Precision of the language model; auto: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
     """auto (a GPU when there is one), cpu, cuda, cuda:1 ..."""
+    device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+    """Spread the blocks over all GPUs, for a model larger than one (needs chatsae[large]); device stays auto."""
+    quantization: Literal["checkpoint", "dequantize", "bnb-8bit", "bnb-4bit"] = "checkpoint"
+    """checkpoint: weights as they are stored; dequantize: turned into dtype; bnb-...: quantised by bitsandbytes."""
+    layer_path: str | None = None
+    """Module path of the list of blocks, for an architecture in which it is not found (docs/models.md)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     trust_remote_code: bool = False
@@ -33,7 +40,8 @@ class DataConfig:
     """What reaches the language model, and how."""
 
     method: Method = "fast"
-    """fast: each dialogue alone; bt-f: rendered dialogues in blocks; bt-p: pretraining text in blocks."""
+    """fast: each dialogue alone; bt-f: rendered dialogues in blocks; bt-p: pretraining text in blocks; bt-f-isolated:
+    the blocks of bt-f, but attention stays within each dialogue."""
     sources: tuple[str, ...] = ("pydocs",)
     """Chat corpora for fast and bt-f: presets, hub ids, or local .jsonl and .parquet files."""
     text_sources: tuple[str, ...] = ("pydocs",)
@@ -66,10 +74,16 @@ class DataConfig:
 class HarvestConfig:
     """How sequences are batched through the language model: speed, and the order in which activations come."""
 
-    token_budget: int = 4096
-    """Padded tokens per forward; 1k-4k suits a CPU, 16k-64k a GPU."""
+    way: Literal["auto", "padded", "packed", "single"] = "auto"
+    """How sequences share a forward: padded on the right, packed in one row, or single; auto: the first exact one."""
+    token_budget: int = 0
+    """Tokens per forward, padding counted; 0: chosen for the machine."""
     pool: int = 4096
     """Sequences that are sorted by length together."""
+    prefix: Literal["auto", "on", "off"] = "auto"
+    """Compute the tokens that the template puts before every dialogue once; auto: on a CPU, where it is exact."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A dialogue with NaN or infinite activations stops the run, or is left out and counted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,6 +56,23 @@ def blocks(sequences: Iterable[Tokens], size: int, tally: Counter[str]) -> Itera
         tally["tokens after the last whole block"] += length
 
 
+def pieces(sequences: Iterable[Tokens], size: int, tally: Counter[str]) -> Iterator[Tokens]:
+    """The blocks of `blocks`, cut again where one sequence ends and the next begins: every piece a sequence."""
+    held: list[Tokens] = []
+    length, number = 0, 0
+    for tokens in sequences:
+        start = 0
+        while start < len(tokens):
+            stop = min(len(tokens), start + size - length)
+            held.append(tokens.part(start, stop, f"block {number}.{len(held)}"))
+            length, start = length + stop - start, stop
+            if length == size:
+                yield from held
+                held, length, number = [], 0, number + 1
+    if length:
+        tally["tokens after the last whole block"] += length
+
+
 def batch(sequences: Sequence[Tokens], prefix: Sequence[int]) -> TokenBatch:
     """The sequences as one batch; `prefix` are the token ids that begin every dialogue of the template."""
     joined = _joined(sequences)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chatsae.batch import Dialogue, Document, Kind, TokenBatch
 from chatsae.config import Method
-from chatsae.data.blocks import Tokens, batch, blocks, cut
+from chatsae.data.blocks import Tokens, batch, blocks, cut, pieces
 from chatsae.data.labels import Labels, Span
 from chatsae.data.template import (
     ChatTemplate,
@@ -45,8 +45,9 @@ def render(
 
     fast: each dialogue, rendered with the tokenizer's own chat template, is one sequence, cut at `max_length` or at
     the tokenizer's `model_max_length`, whichever is less.
-    bt-f: rendered dialogues end to end, in blocks of exactly `block_size` tokens. bt-p: documents end to end, a
-    beginning-of-text token before each or, where the tokenizer has none, an end-of-text token after each, in blocks.
+    bt-f: rendered dialogues end to end, in blocks of exactly `block_size` tokens; bt-f-isolated: each part of a
+    dialogue in such a block is a sequence. bt-p: documents end to end, a beginning-of-text token before each or, where
+    the tokenizer has none, an end-of-text token after each, in blocks.
     A dialogue that the template refuses, or that holds a special token in a content, is skipped and counted in
     `tally`, as is all else that is cut or left out.
 
@@ -69,8 +70,13 @@ def render(
 def as_sequences(
     whole: Iterator[Tokens], method: Method, max_length: int, block_size: int, tally: Counter[str]
 ) -> Iterator[Tokens]:
-    """What the methods differ in: fast cuts each dialogue at `max_length`, bt-f and bt-p join all into blocks."""
-    return cut(whole, max_length, tally) if method == "fast" else blocks(whole, block_size, tally)
+    """What the methods differ in: fast cuts each dialogue at `max_length`, bt-f and bt-p join all into blocks.
+
+    bt-f-isolated cuts those blocks where a dialogue ends, so that its tokens see no other dialogue.
+    """
+    if method == "fast":
+        return cut(whole, max_length, tally)
+    return pieces(whole, block_size, tally) if method == "bt-f-isolated" else blocks(whole, block_size, tally)
 
 
 def longest(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:

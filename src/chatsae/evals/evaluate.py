@@ -18,11 +18,12 @@ from chatsae.data.template import template_facts
 from chatsae.evals.loss import DeltaLoss, token_losses
 from chatsae.evals.reconstruction import Reconstruction
 from chatsae.evals.report import Report
-from chatsae.lm.harvest import plan
+from chatsae.lm.harvest import ISOLATION_TOLERANCE, isolation_error, plan
 from chatsae.lm.load import LanguageModel
 from chatsae.lm.tap import splice
 from chatsae.sae.base import SAE
 
+_BUDGET = 4096  # padded tokens of one forward, where nobody says
 _LOGITS = 2**27  # logits of one forward: half a gigabyte in float32
 
 
@@ -33,7 +34,7 @@ def evaluate(
     *,
     limit: int | None = None,
     max_length: int = 8192,
-    token_budget: int = 4096,
+    token_budget: int = 0,
     tally: Counter[str] | None = None,
 ) -> Report:
     """The metrics of `evaluate_tokens` on the first `limit` dialogues, each cut at `max_length` tokens.
@@ -53,7 +54,7 @@ def evaluate_tokens(
     *,
     limit: int | None = None,
     max_length: int = 8192,
-    token_budget: int = 4096,
+    token_budget: int = 0,
 ) -> Report:
     """MSE and MSE_st (eq. 7), explained variance, l0, dead fraction and Delta Loss of every SAE.
 
@@ -67,7 +68,9 @@ def evaluate_tokens(
     layers = sorted({sae.spec.layer for sae in saes.values()})
     sums = {name: Reconstruction(sae.spec.d_in, sae.spec.d_sae) for name, sae in saes.items()}
     losses = {name: DeltaLoss() for name in saes}
-    budget = min(token_budget, _LOGITS // full.vocab_size)
+    budget = min(token_budget or _BUDGET, _LOGITS // full.vocab_size)
+    if isolation_error(lm) > ISOLATION_TOLERANCE[lm.dtype]:
+        budget = 1  # one dialogue at a time
     n_dialogues, digest = 0, hashlib.sha256()
     with console.progress("evaluate", limit) as advance:
         for batch in _batches(_hashed(_first(tokens, limit), digest), budget, full.rope_split):

@@ -8,9 +8,9 @@ from pathlib import Path
 from chatsae import console
 from chatsae.batch import TokenBatch
 from chatsae.config import RunConfig
-from chatsae.data.prepared import Prepared
 from chatsae.data.reading import read
 from chatsae.data.render import render
+from chatsae.data.store.prepared import Prepared
 from chatsae.errors import UserError
 from chatsae.evals.evaluate import evaluate_tokens
 from chatsae.evals.report import Report

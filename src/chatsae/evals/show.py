@@ -4,8 +4,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from chatsae.data.manifest import MANIFEST, Manifest
-from chatsae.data.summary import prepared_table
+from chatsae.data.store.manifest import MANIFEST, Manifest
+from chatsae.data.store.summary import prepared_table
 from chatsae.errors import UserError
 from chatsae.evals.report import Report, compare
 from chatsae.recipe import to_yaml
@@ -30,7 +30,8 @@ def describe(path: Path) -> dict[str, Any]:
         return {"kind": "data", "path": str(path), **Manifest.read(path).facts}
     runs = [Run.read(p.parent) for p in sorted(path.glob("*/config.yaml"))]
     if not runs:
-        raise UserError(f"{path} holds no SAE (cfg.json), no run (config.yaml), no prepared data (manifest.json), no runs")
+        kinds = "SAE (cfg.json), run (config.yaml), prepared data (manifest.json) or directory of runs"
+        raise UserError(f"{path} holds no {kinds}")
     return {"kind": "runs", "path": str(path), "runs": [_run_facts(run) for run in runs]}
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from chatsae.errors import UserError
-from chatsae.lm.tap import find_blocks
+from chatsae.lm.stacks import build, count_blocks, decoder_of, refuse_others, text_config
 
 _TIMEOUT = 10.0  # seconds for the one request that tells whether the hub answers
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
@@ -133,25 +133,8 @@ def read_config(source: Source) -> PreTrainedConfig:
                 f"{source.name}: brings its own code; read it, then allow it with model.trust_remote_code"
             ) from None
         raise UserError(f"{source.name}: config.json cannot be used: {one_line(error)}") from None
-    _refuse_others(config, source.name)
+    refuse_others(config, source.name)
     return config
-
-
-def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The part of a configuration that describes the decoder; all of it, but for multimodal models."""
-    return config.get_text_config(decoder=True)
-
-
-def _refuse_others(config: PreTrainedConfig, name: str) -> None:
-    kind = config.model_type
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"{name}: {kind} is an encoder-decoder model; a decoder-only language model is needed")
-    bidirectional = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(
-        config, "is_decoder", False
-    )
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if bidirectional or not (remote or type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING):
-        raise UserError(f"{name}: {kind} is not a decoder-only language model; a causal one is needed")
 
 
 def check_shards(source: Source) -> None:
@@ -225,8 +208,16 @@ class ModelFacts:
         return self.embedding_parameters + sum(self.block_parameters[: layer + 1])
 
 
-def model_facts(name: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
+def model_facts(
+    name: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    layer_path: str | None = None,
+) -> ModelFacts:
     """The size of a model from its config.json alone; the model is built without memory for its weights.
+
+    Of a multimodal model the decoder and the head are counted, not the towers.
 
     Raises:
         UserError: see `locate` and `read_config`.
@@ -236,16 +227,17 @@ def model_facts(name: str | Path, revision: str | None = None, trust_remote_code
     text = text_config(config)
     try:
         with quiet(), torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = build(config, trust_remote_code)
     except LOAD_ERRORS as error:
         raise UserError(f"{name}: config.json describes no model that can be built: {one_line(error)}") from None
     embedding = model.get_input_embeddings().weight
-    _, blocks = find_blocks(model.get_decoder(), text.num_hidden_layers)
+    n_layers = count_blocks(config, layer_path)
+    _, _, blocks = decoder_of(model, n_layers, layer_path)
     return ModelFacts(
         name=str(name),
         model_type=config.model_type,
         d_in=text.hidden_size,
-        n_layers=text.num_hidden_layers,
+        n_layers=n_layers,
         vocab_size=embedding.shape[0],
         max_positions=getattr(text, "max_position_embeddings", None),
         parameters=sum(p.numel() for p in model.parameters()),

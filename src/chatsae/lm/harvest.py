@@ -1,28 +1,53 @@
-"""Activations of many sequences, each as if it went through the model alone, from few forwards."""
+"""Activations of a stream of sequences, each as if it went through the model alone, from few forwards."""
 
-import sys
+import queue
+import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Literal, TypeVar
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from chatsae.batch import ActivationBatch, TokenBatch
 from chatsae.errors import UserError
-from chatsae.lm.tap import Decoder, read_residuals
+from chatsae.lm.budget import choose_budget
+from chatsae.lm.forward import Broken, Ceiling, Way, bare_tokens, broken_sequences, forward, plan, unchecked
+from chatsae.lm.packed import PackingRefused
+from chatsae.lm.prefix import PrefixCache
+from chatsae.lm.probe import ISOLATION_TOLERANCE, choose_way, isolation_error, relative_error
+from chatsae.lm.tap import Decoder
 
-ISOLATION_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 8e-2}
-"""Largest `isolation_error` that rounding explains, by dtype of the model."""
+__all__ = [
+    "ISOLATION_TOLERANCE",
+    "Harvest",
+    "Way",
+    "bare_tokens",
+    "forward",
+    "isolation_error",
+    "plan",
+    "relative_error",
+]
+
+T = TypeVar("T")
 
 
 class Harvest(Iterator[ActivationBatch]):
-    """The activations of a stream of sequences, `token_budget` padded tokens per forward.
+    """The activations of a stream of sequences, `token_budget` tokens per forward, padding counted.
 
-    `pool` sequences at a time are sorted by length, cut into batches and shuffled (`seed`), so that little is padding.
-    Each activation equals that of its sequence alone. A forward that is skipped (`skip`, a count that `state_dict`
-    gave) is planned but not computed; what follows is the same to the bit.
+    `pool` sequences at a time are cut into batches, those padded sorted by length so that little is padding, and the
+    batches are shuffled (`seed`). Each activation equals that of its sequence alone: `way` "auto" measures which way
+    is exact (`choose_way`), and `token_budget` 0 picks a budget (`choose_budget`). With `prefix` the tokens that the
+    template puts before every dialogue are computed once, where that pays; by default on a CPU if it is exact.
+    Equal data, way, prefix, budget, pool and seed give equal batches.
+
+    A forward that is skipped (`skip`, a count that `state_dict` gave) is planned but not computed; what follows is the
+    same to the bit, if all of these are those of the first harvest. A sequence with NaN or infinite activations stops
+    the harvest, or with `on_nan` "skip" is left out, counted in `tally` and listed in `broken`. With `read_ahead` the
+    next pool is read in a thread while the model works on this one; by default where the model is on another device.
+
+    Attributes: way, prefix, token_budget (those in use), seconds (spent in the model), broken.
 
     Raises:
         UserError: on the first sequence that is empty, longer than the context, or holds an unknown token id; or when
@@ -34,168 +59,125 @@ class Harvest(Iterator[ActivationBatch]):
         lm: Decoder,
         tokens: Iterable[TokenBatch],
         *,
-        token_budget: int = 4096,
+        way: Way | Literal["auto"] = "auto",
+        token_budget: int = 0,
         pool: int = 4096,
         seed: int = 0,
         skip: int = 0,
+        prefix: bool | None = None,
+        on_nan: Literal["stop", "skip"] = "stop",
+        read_ahead: bool | None = None,
+        tally: Counter[str] | None = None,
     ) -> None:
-        for name, value in (("token_budget", token_budget), ("pool", pool)):
-            if value < 1:
-                raise UserError(f"harvest.{name}: {value} given, at least 1 needed")
+        if token_budget < 0:
+            raise UserError(f"harvest.token_budget: {token_budget} given, at least 1 needed, or 0 for automatic")
+        if pool < 1:
+            raise UserError(f"harvest.pool: {pool} given, at least 1 needed")
         if not lm.layers:
             raise UserError(f"{lm.name}: no layers to read; name them when the model is loaded")
         self._lm = lm
+        if way == "auto":
+            chosen = choose_way(lm)
+            way = chosen.way
+            if prefix is None:  # on a GPU it is not measured whether it pays
+                prefix = chosen.prefix and lm.device.type == "cpu"
+        self.way: Way = way
+        self.prefix = bool(prefix)
+        self._prefix = PrefixCache(lm) if prefix else None
+        self.token_budget = token_budget or choose_budget(lm, self.way)
+        self.seconds = 0.0
+        self.broken: list[Broken] = []
+        self._skip_nan = on_nan == "skip"
+        self._tally: Counter[str] = Counter() if tally is None else tally
+        self._ceiling = Ceiling()
         self._batches = skip
-        self.seconds = 0.0  # spent in the model
-        self._stream = islice(self._planned(tokens, token_budget, pool, seed), skip, None)
+        if read_ahead is None:
+            read_ahead = lm.device.type != "cpu"
+        self._stream = islice(self._planned(tokens, pool, seed, read_ahead), skip, None)
 
     def __next__(self) -> ActivationBatch:
         tokens = next(self._stream)
         start = time.perf_counter()
-        batch = ActivationBatch(acts=forward(self._lm, tokens), tokens=tokens)
+        try:
+            acts = unchecked(self._lm, tokens, self.way, ceiling=self._ceiling, prefix=self._prefix)
+        except PackingRefused as error:
+            raise UserError(f"harvest.way: {self._lm.name} cannot be read packed: {error}; set it to auto") from None
+        batch = self._finite(ActivationBatch(acts, tokens))
         self.seconds += time.perf_counter() - start
         self._batches += 1
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Batches served so far, those skipped included; `skip` takes it."""
-        return {"batches": self._batches}
+        """Batches served so far, those skipped included, and the budget they were planned with."""
+        return {"batches": self._batches, "token_budget": self.token_budget}
 
-    def _planned(self, tokens: Iterable[TokenBatch], budget: int, pool: int, seed: int) -> Iterator[TokenBatch]:
+    def _planned(self, tokens: Iterable[TokenBatch], pool: int, seed: int, read_ahead: bool) -> Iterator[TokenBatch]:
         generator = torch.Generator().manual_seed(seed)
-        for pooled in _pools(tokens, pool):
-            batches = plan(pooled.lengths.tolist(), token_budget=budget, split=self._lm.rope_split)
+        pools = _pools(tokens, pool)
+        for pooled in ahead(pools) if read_ahead else pools:
+            batches = plan(
+                pooled.lengths.tolist(),
+                token_budget=self.token_budget,
+                split=self._lm.rope_split,
+                way=self.way,
+                kinds=None if self._prefix is None else self._prefix.lengths(pooled).tolist(),
+            )
             for i in torch.randperm(len(batches), generator=generator).tolist():
                 yield pooled.select(batches[i])
 
+    def _finite(self, batch: ActivationBatch) -> ActivationBatch:
+        """The batch without the sequences that are not finite.
 
-def plan(lengths: Sequence[int], *, token_budget: int, split: int | None = None) -> list[list[int]]:
-    """Indices of sequences that share a forward: shortest first, at most `token_budget` tokens with padding.
+        Raises:
+            UserError: there is one, and it should stop the harvest.
+        """
+        found = broken_sequences(self._lm, batch.acts, batch.tokens)
+        if not found:
+            return batch
+        if not self._skip_nan:
+            raise UserError(f"{found[0]}; try model.dtype float32, or harvest.on_nan skip")
+        self.broken += found
+        self._tally["NaN or infinite activations"] += len(found)
+        lost = torch.tensor([b.index for b in found])
+        kept = ~torch.isin(batch.tokens.sequence, lost)
+        good = sorted(set(range(len(batch.tokens))) - set(lost.tolist()))
+        return ActivationBatch(batch.acts[:, kept.to(batch.acts.device)], batch.tokens.select(good))
 
-    A sequence longer than the budget goes alone. No batch holds lengths on both sides of `split`.
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """The same items; each is made in a thread while the one before it is in use.
+
+    An exception of the source is raised where its item would have come. The thread ends with the iterator.
     """
-    batches: list[list[int]] = []
-    current: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        crosses = split is not None and bool(current) and lengths[current[0]] <= split < lengths[i]
-        if current and (crosses or (len(current) + 1) * lengths[i] > token_budget):
-            batches.append(current)
-            current = []
-        current.append(i)
-    return [*batches, current] if current else batches
+    made: queue.Queue[tuple[T] | BaseException | None] = queue.Queue(maxsize=1)
+    stop = threading.Event()
 
+    def put(entry: tuple[T] | BaseException | None) -> None:
+        while not stop.is_set():
+            try:
+                return made.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
 
-def forward(lm: Decoder, tokens: TokenBatch) -> Float[Tensor, "L N D"]:
-    """The residual stream after each of `lm.layers`, for the tokens of a batch in their order; dtype of the model.
+    def work() -> None:
+        try:
+            for item in items:
+                put((item,))
+                if stop.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that asked
+            put(error)
 
-    All sequences go through in one right-padded forward, in two where the model's rotary scheme asks for it.
-
-    Raises:
-        UserError: see `Harvest`.
-    """
-    check_tokens(lm, tokens)
-    groups = plan(tokens.lengths.tolist(), token_budget=sys.maxsize, split=lm.rope_split)
-    if len(groups) < 2:
-        acts = _forward(lm, tokens)
-    else:
-        sequence = tokens.sequence
-        parts = [_forward(lm, tokens.select(sorted(group))) for group in groups]
-        acts = parts[0].new_empty(len(lm.layers), len(sequence), lm.d_in)
-        for group, part in zip(groups, parts, strict=True):
-            acts[:, torch.isin(sequence, torch.tensor(group)).to(acts.device)] = part
-    _check_finite(lm, acts, tokens)
-    return acts
-
-
-def _forward(lm: Decoder, tokens: TokenBatch) -> Float[Tensor, "L N D"]:
-    lengths = tokens.lengths
-    padded = tokens.padded()
-    real = torch.arange(padded.shape[1]) < lengths[:, None]
-    rows = real.flatten().nonzero().squeeze(1).to(lm.device)
-    with torch.inference_mode():
-        residuals = read_residuals(lm, padded)
-    # Allocated outside inference mode: an ordinary tensor, which autograd takes as input.
-    acts = torch.empty(len(lm.layers), len(rows), lm.d_in, dtype=residuals[0].dtype, device=residuals[0].device)
-    with torch.inference_mode():
-        for out, residual in zip(acts, residuals, strict=True):
-            torch.index_select(residual.flatten(0, 1), 0, rows, out=out)
-    return acts
-
-
-def check_tokens(lm: Decoder, tokens: TokenBatch) -> None:
-    """Refuse what the model would read wrongly or not at all.
-
-    Raises:
-        UserError: names the first sequence that is empty, too long, or holds a token id outside the vocabulary.
-    """
-    lengths = tokens.lengths
-    if bool((lengths == 0).any()):
-        raise UserError(f"dialogue {tokens.names[int((lengths == 0).int().argmax())]!r} has no tokens")
-    limit = lm.max_positions
-    if limit is not None and bool((lengths > limit).any()):
-        longest = int(lengths.argmax())
-        raise UserError(
-            f"dialogue {tokens.names[longest]!r} has {int(lengths[longest])} tokens, the context of {lm.name} is "
-            f"{limit}; lower data.max_length or data.block_size"
-        )
-    outside = (tokens.input_ids < 0) | (tokens.input_ids >= lm.vocab_size)
-    if bool(outside.any()):
-        at = int(outside.int().argmax())
-        raise UserError(
-            f"dialogue {tokens.names[int(tokens.sequence[at])]!r} holds token id {int(tokens.input_ids[at])}, the "
-            f"vocabulary of {lm.name} is 0..{lm.vocab_size - 1}; is the tokenizer that of the model?"
-        )
-
-
-def _check_finite(lm: Decoder, acts: Float[Tensor, "L N D"], tokens: TokenBatch) -> None:
-    finite = torch.stack([torch.isfinite(a).all() for a in acts])
-    if bool(finite.all()):
-        return
-    i = int(finite.int().argmin())
-    broken = (~torch.isfinite(acts[i]).all(dim=-1)).cpu()
-    sequence = tokens.sequence
-    first = int(sequence[int(broken.int().argmax())])
-    raise UserError(
-        f"layer {lm.layers[i]}, dialogue {tokens.names[first]!r}: NaN or infinite activations at "
-        f"{int(broken[sequence == first].sum())} of {int(tokens.lengths[first])} tokens; try model.dtype float32"
-    )
-
-
-def relative_error(a: Float[Tensor, "N D"], b: Float[Tensor, "N D"]) -> float:
-    """|a - b| / |b| per row, its 90 % quantile: one token may flip between experts of an MoE by rounding alone."""
-    error = (a.float() - b.float()).norm(dim=-1) / b.float().norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return float(error.quantile(0.9))
-
-
-def isolation_error(lm: Decoder, lengths: Sequence[int] = (3, 1, 40, 17), seed: int = 0) -> float:
-    """How far a few random sequences in one forward are from the same sequences one at a time; worst layer.
-
-    It is rounding (`ISOLATION_TOLERANCE`) when sequences do not see each other. In the model's dtype, on its device.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    limit = lm.max_positions or sys.maxsize
-    rows = [torch.randint(lm.vocab_size, (min(n, limit),), generator=generator) for n in lengths]
-    tokens = bare_tokens(rows)
-    together = forward(lm, tokens)
-    alone = torch.cat([forward(lm, tokens.select([i])) for i in range(len(rows))], dim=1)
-    return max(relative_error(a, b) for a, b in zip(together, alone, strict=True))
-
-
-def bare_tokens(rows: Sequence[Tensor]) -> TokenBatch:
-    """Sequences of token ids without roles or kinds, named by their index."""
-    lengths = torch.tensor([0, *map(len, rows)])
-    ids = torch.cat([torch.empty(0, dtype=torch.int64), *rows])
-    zeros = torch.zeros(len(ids), dtype=torch.uint8)
-    return TokenBatch(
-        names=tuple(map(str, range(len(rows)))),
-        input_ids=ids,
-        cu_seqlens=lengths.cumsum(0).to(torch.int32),
-        position=torch.cat([torch.arange(n) for n in lengths.tolist()]),
-        role=zeros,
-        kind=zeros,
-        special=zeros.bool(),
-        prefix=zeros.bool(),
-    )
+    thread = threading.Thread(target=work, name="chatsae-read-ahead", daemon=True)
+    thread.start()
+    try:
+        while (entry := made.get()) is not None:
+            if isinstance(entry, BaseException):
+                raise entry
+            yield entry[0]
+    finally:
+        stop.set()
 
 
 def _pools(tokens: Iterable[TokenBatch], size: int) -> Iterator[TokenBatch]:

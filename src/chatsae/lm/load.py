@@ -14,26 +14,26 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from chatsae.batch import Message, TokenBatch
 from chatsae.config import ModelConfig
 from chatsae.errors import UserError
-from chatsae.lm import checkpoint
+from chatsae.lm import checkpoint, placement, stacks
 from chatsae.lm.checkpoint import ModelFacts, demo_model_path, load_tokenizer, model_facts
 from chatsae.lm.harvest import Harvest, relative_error
-from chatsae.lm.tap import find_blocks, read_residuals
+from chatsae.lm.placement import pick_device, pick_placement
+from chatsae.lm.tap import check_blocks, text_problem
 
-__all__ = ["LanguageModel", "ModelFacts", "demo_model_path", "load_tokenizer", "model_facts"]
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+__all__ = ["LanguageModel", "ModelFacts", "demo_model_path", "load_tokenizer", "model_facts", "pick_device"]
 
 
 class LanguageModel:
-    """A decoder-only language model whose residual stream is read after `layers`.
+    """A decoder-only language model whose residual stream is read after `layers`; the text part of a multimodal one.
 
-    Only the blocks up to the deepest of `layers` are read from disk, without the head; with `head=True`, or without
-    layers, the whole model. Weights are frozen. Layer L means the residual stream after block L (`hook_resid_post`),
-    before the final norm.
+    Only the blocks up to the deepest of `layers` are read from disk, without the head and without the towers of other
+    modalities; with `head=True`, or without layers, all blocks and the head. Weights are frozen. Layer L means the
+    residual stream after block L (`hook_resid_post`), before the final norm.
 
     Attributes: name, layers (sorted), n_layers and d_in of the whole model, vocab_size, max_positions, rope_split
-    (sequences longer than this must not share a forward with shorter ones), device, dtype, head, and the modules
-    model, decoder (the model without its head) and blocks.
+    (sequences longer than this must not share a forward with shorter ones), device (where token ids go and activations
+    come), dtype, head, cut (later blocks were left out), and the modules model, decoder (the model without its head)
+    and blocks.
     """
 
     def __init__(
@@ -43,23 +43,27 @@ class LanguageModel:
         *,
         dtype: str = "auto",
         device: str | torch.device = "auto",
+        device_map: str | None = None,
+        quantization: str = "checkpoint",
+        layer_path: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
         head: bool = False,
     ) -> None:
-        """Load it.
+        """Load it; `device_map` spreads the blocks over all GPUs, `quantization` is one of `Placement`'s.
 
         Raises:
             UserError: the model is unknown or no decoder-only language model, a layer is out of range or asked for
-                twice, a weight file is missing, truncated or corrupt, or the device is not available.
+                twice, a weight file is missing, truncated or corrupt, or the model cannot be placed as asked.
         """
-        self.device = pick_device(device)
-        self.dtype = _pick_dtype(dtype, self.device)
+        self._placement = pick_placement(device, dtype, device_map, quantization)
+        self.device, self.dtype = self._placement.device, self._placement.dtype
+        self._layer_path = layer_path
         self._source = checkpoint.locate(name, revision, trust_remote_code)
         config = checkpoint.read_config(self._source)
-        text = checkpoint.text_config(config)
+        text = stacks.text_config(config)
         self.name = str(name)
-        self.n_layers: int = text.num_hidden_layers
+        self.n_layers = stacks.count_blocks(config, layer_path)
         self.layers = _check_layers(layers, self.n_layers, self.name)
         self.head = head or not self.layers
         self.d_in: int = text.hidden_size
@@ -68,7 +72,9 @@ class LanguageModel:
         checkpoint.check_shards(self._source)
         self._full: LanguageModel | None = None
         self._adopt(self._load(config))
-        self.vocab_size: int = self.model.get_input_embeddings().weight.shape[0]
+        embedding = self.model.get_input_embeddings().weight
+        self.vocab_size: int = embedding.shape[0]
+        self.device = embedding.device
         self._probe()
 
     @cached_property
@@ -85,7 +91,10 @@ class LanguageModel:
                 self.name,
                 self.layers,
                 dtype=str(self.dtype).removeprefix("torch."),
-                device=self.device,
+                device="auto" if self._placement.device_map else self.device,
+                device_map=self._placement.device_map,
+                quantization=self._placement.quantization,
+                layer_path=self._layer_path,
                 revision=self._source.revision,
                 trust_remote_code=self._source.trust_remote_code,
                 head=True,
@@ -131,40 +140,53 @@ class LanguageModel:
 
     def _adopt(self, model: Any) -> None:
         self.model = model
-        self.decoder: nn.Module = model.get_decoder()
-        path = getattr(self.decoder, "chatsae_blocks", None) or find_blocks(self.decoder, self.n_layers)[0]
-        blocks: Any = self.decoder.get_submodule(path)
+        if hasattr(model, "chatsae_stack"):  # of a cut model, whose blocks are fewer
+            place, path = model.chatsae_stack
+            self.decoder: nn.Module = model.get_submodule(place)
+            blocks: Any = self.decoder.get_submodule(path)
+        else:
+            self.decoder, _, blocks = stacks.decoder_of(model, self.n_layers, self._layer_path)
         self.blocks: nn.ModuleList = blocks
+        self.cut = len(blocks) < self.n_layers
 
     def _load(self, config: PreTrainedConfig) -> Any:
         if self.head:
-            return self._read(transformers.AutoModelForCausalLM, config)
-        cut = _cut_class(config, keep=max(self.layers) + 1)
-        if cut is not None:
+            return self._read_headed(config)
+        for cut in stacks.cut_classes(config, self.n_layers, max(self.layers) + 1, self._layer_path):
             try:
                 return self._read(cut, config)
             except UserError:
                 pass  # an architecture that cannot be cut: read it whole, stop early
-        return self._read(transformers.AutoModel, config)
+        return self._read(stacks.whole_factory(config), config)
+
+    def _read_headed(self, config: PreTrainedConfig) -> Any:
+        model = self._read(stacks.headed_factory(config), config)
+        if not stacks.multimodal(config):
+            return model
+        problem = text_problem(model)
+        if problem is not None:  # some ask for their towers even without a picture
+            model = self._read(stacks.headed_class(config), config)
+            problem = text_problem(model)
+        if problem is not None:
+            raise UserError(f"{self.name}: with its head the model does not run on text alone: {problem}")
+        return model
 
     def _read(self, factory: Any, config: PreTrainedConfig) -> Any:
         """Load through `factory.from_pretrained`; weights that the model does not have are not read."""
-        kwargs = self._source.kwargs()
+        kwargs = self._source.kwargs() | self._placement.load_options(config, self.name)
         if isinstance(factory, type) and issubclass(factory, PreTrainedModel):
             kwargs.pop("trust_remote_code")
         try:
             with checkpoint.quiet(downloads=not self._source.local):
                 model, info = factory.from_pretrained(
-                    self._source.path,
-                    config=config,
-                    dtype=self.dtype,
-                    use_safetensors=True,
-                    output_loading_info=True,
-                    **kwargs,
+                    self._source.path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
                 )
-                model = model.to(self.device).eval().requires_grad_(False)
+                if "device_map" not in kwargs:
+                    model = model.to(self.device)
+                model = model.eval().requires_grad_(False)
         except checkpoint.LOAD_ERRORS as error:
             raise UserError(f"{self.name}: the weights cannot be loaded: {checkpoint.one_line(error)}") from None
+        placement.refuse_offload(getattr(model, "hf_device_map", {}), self.name)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
             raise UserError(f"{self.name}: {len(missing)} tensors are missing from the checkpoint, {missing[0]} first")
@@ -175,8 +197,7 @@ class LanguageModel:
         if not self.layers:
             return
         ids = torch.tensor([[1, 2, 3, 1], [1, 2, 3, 2]]) % self.vocab_size
-        with torch.inference_mode():
-            deepest = read_residuals(self, ids)[-1]
+        deepest = check_blocks(self, ids)[-1]
         if relative_error(deepest[0, :-1], deepest[1, :-1]) > 0.1:
             raise UserError(f"{self.name}: its tokens see those after them; a decoder-only (causal) model is needed")
 
@@ -192,34 +213,13 @@ def load_model(config: ModelConfig, *, head: bool = False) -> LanguageModel:
         config.layers,
         dtype=config.dtype,
         device=config.device,
+        device_map=config.device_map,
+        quantization=config.quantization,
+        layer_path=config.layer_path,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         head=head,
     )
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """A device by name; auto is a GPU when there is one.
-
-    Raises:
-        UserError: it is unknown or not there.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        picked = torch.device(device)
-        torch.empty(1, device=picked)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"model.device: {device} is not available here: {checkpoint.one_line(error)}") from None
-    return picked
-
-
-def _pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if dtype not in _DTYPES:
-        raise UserError(f"model.dtype: {dtype!r} is not one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
 
 
 def _check_layers(layers: Sequence[int], n_layers: int, name: str) -> tuple[int, ...]:
@@ -238,25 +238,3 @@ def _rope_split(text: PreTrainedConfig) -> int | None:
         if part.get("rope_type") == "longrope":
             return part.get("original_max_position_embeddings") or text.max_position_embeddings
     return None
-
-
-def _cut_class(config: PreTrainedConfig, keep: int) -> type[PreTrainedModel] | None:
-    """The architecture's base model without the blocks after the first `keep`; None where it must be built whole.
-
-    The configuration stays that of the whole model: some architectures scale every block by its number of layers.
-    """
-    whole: Any = transformers.MODEL_MAPPING.get(type(config), None)
-    if not isinstance(whole, type):
-        return None
-    base: Any = whole
-
-    def build(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        decoder = self.get_decoder()
-        path, blocks = find_blocks(decoder, checkpoint.text_config(config).num_hidden_layers)
-        decoder.chatsae_blocks = path
-        del blocks[keep:]
-
-    # transformers picks conversions of weights by the name and the module of the class
-    names = {"__module__": whole.__module__, "__qualname__": whole.__qualname__, "__doc__": whole.__doc__}
-    return type(whole.__name__, (whole,), {**names, "__init__": build})

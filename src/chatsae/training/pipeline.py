@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import count
 from typing import Any
 
@@ -9,15 +10,18 @@ from transformers import PreTrainedTokenizerBase
 
 from chatsae.batch import TokenBatch
 from chatsae.buffer import Mixer, mix
-from chatsae.config import DataConfig, RunConfig
+from chatsae.config import DataConfig, HarvestConfig, RunConfig
 from chatsae.data.dedup import dedup
-from chatsae.data.manifest import recipe_of
-from chatsae.data.prepared import Prepared
 from chatsae.data.reading import read, read_text
 from chatsae.data.render import render
 from chatsae.data.sources import resolve
+from chatsae.data.store.manifest import recipe_of
+from chatsae.data.store.prepared import Prepared
+from chatsae.errors import UserError
+from chatsae.lm.budget import choose_budget
 from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel
+from chatsae.lm.probe import choose_way
 
 
 def token_batches(
@@ -91,22 +95,48 @@ def _revisions(facts: dict[str, Any] | None) -> dict[str, str]:
     return {source["name"]: source["revision"] for source in sources if "revision" in source}
 
 
+def harvest_facts(config: HarvestConfig, lm: LanguageModel) -> dict[str, Any]:
+    """How the model is read on this machine: way, token budget, prefix; and how exact that is, measured.
+
+    Raises:
+        UserError: the way that is asked for is not exact for this model.
+    """
+    isolation = choose_way(lm, config.way)
+    prefix = isolation.prefix and lm.device.type == "cpu" if config.prefix == "auto" else config.prefix == "on"
+    if prefix and not isolation.prefix:
+        raise UserError(f"harvest.prefix: {lm.name}: {isolation.refused['prefix']}; set it to auto")
+    budget = config.token_budget or choose_budget(lm, isolation.way)
+    return asdict(isolation) | {"token_budget": budget, "prefix": prefix}
+
+
 def activations(
     config: RunConfig,
     lm: LanguageModel,
     *,
     skip: int = 0,
     facts: dict[str, Any] | None = None,
+    how: dict[str, Any] | None = None,
     tally: Counter[str] | None = None,
 ) -> Mixer:
-    """The mixed activations of a run; `skip` forwards of an interrupted run are passed over without computing them."""
+    """The mixed activations of a run; `skip` forwards of an interrupted run are passed over without computing them.
+
+    `facts` are those of `data_facts`, `how` those of `harvest_facts`, found anew by default.
+
+    Raises:
+        UserError: see `token_batches` and `Harvest`.
+    """
     tokens = token_batches(config.data, lm.tokenizer, seed=config.train.seed, facts=facts, tally=tally)
+    how = harvest_facts(config.harvest, lm) if how is None else how
     harvest = Harvest(
         lm,
         tokens,
-        token_budget=config.harvest.token_budget,
+        way=how["way"],
+        token_budget=how["token_budget"],
+        prefix=how["prefix"],
         pool=config.harvest.pool,
         seed=config.train.seed,
         skip=skip,
+        on_nan=config.harvest.on_nan,
+        tally=tally,
     )
     return mix(harvest, capacity=config.buffer.capacity, batch_size=config.train.batch_size, seed=config.train.seed)

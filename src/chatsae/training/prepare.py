@@ -4,15 +4,15 @@ from pathlib import Path
 
 from chatsae import console
 from chatsae.config import RunConfig
-from chatsae.data.manifest import Manifest
-from chatsae.data.prepare import Engine, prepare
-from chatsae.data.summary import warnings
+from chatsae.data.store.manifest import Manifest
+from chatsae.data.store.prepare import Engine, prepare
+from chatsae.data.store.summary import warnings
 from chatsae.errors import UserError
 from chatsae.lm.load import load_tokenizer
 
 
 def prepare_data(config: RunConfig, out: Path, *, engine: Engine = "local") -> Manifest:
-    """Prepare the data of a recipe in a directory; see `chatsae.data.prepare.prepare`.
+    """Prepare the data of a recipe in a directory; see `chatsae.data.store.prepare.prepare`.
 
     Raises:
         UserError: the recipe, the tokenizer, a source or the directory is not usable.

@@ -2,22 +2,22 @@
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 from chatsae import console
 from chatsae.config import RunConfig, SAESpec, sae_specs
-from chatsae.data.manifest import changes, manifest_digest
+from chatsae.data.store.manifest import changes, manifest_digest
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
 from chatsae.files import write_json
-from chatsae.lm.harvest import ISOLATION_TOLERANCE, isolation_error
 from chatsae.lm.load import LanguageModel, load_model
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid
 from chatsae.training.loop import Summary, make_states, train_states
-from chatsae.training.pipeline import activations, data_facts
+from chatsae.training.pipeline import activations, data_facts, harvest_facts
 
 
 def train_run(config: RunConfig, out: Path) -> Summary:
@@ -35,18 +35,22 @@ def train_run(config: RunConfig, out: Path) -> Summary:
             return finished
         lm = load_model(config.model)
         tally: Counter[str] = Counter()
-        isolation = _check_isolation(lm) if config.harvest.token_budget > 1 else 0.0
         checkpoint = _checkpoint(run, lm)
-        facts = _data_facts(run, lm, resumes=checkpoint is not None)
+        resumes, seed = checkpoint is not None, config.train.seed
+        facts = _remembered(
+            run, "data.json", resumes, lambda before: data_facts(config.data, lm.tokenizer, seed=seed, before=before)
+        )
+        how = _remembered(run, "harvest.json", resumes, lambda before: before or harvest_facts(config.harvest, lm))
         run.forget_after(0 if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
             console.say(f"resuming at step {checkpoint.step:,}, past the data that was trained on")
         done = 0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"]
-        acts = activations(config, lm, skip=done, facts=facts, tally=tally)
+        acts = activations(config, lm, skip=done, facts=facts, how=how, tally=tally)
         specs = sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in)
         saes = build_grid(specs, seed=config.train.seed)
         for sae in saes.values():
             sae.to(lm.device)
+        console.say(f"{config.model.name} is read {_how(how)}")
         console.say(f"{config.data.method}: {len(saes)} SAEs from one pass of {config.model.name}: {', '.join(saes)}")
         states = make_states(saes, config.train)
         summary = train_states(states, acts, config.train, layers=lm.layers, run=run, checkpoint=checkpoint)
@@ -61,7 +65,7 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         for name, state in states.items():
             metadata = _metadata(config, state.sae.spec, lm, manifest_sha256)
             state.sae.save(run.path / "saes" / name, metadata=metadata, sparsity=state.firing_frequency())
-        about = {"dropped": dict(tally), "isolation_error": isolation, "manifest_sha256": manifest_sha256}
+        about = {"dropped": dict(tally), "harvest": how, "manifest_sha256": manifest_sha256}
         write_json(run.path / "summary.json", asdict(summary) | about)
         run.clear_checkpoints()
         return summary
@@ -78,40 +82,34 @@ def _checkpoint(run: Run, lm: LanguageModel) -> Checkpoint | None:
     return checkpoint
 
 
-def _data_facts(run: Run, lm: LanguageModel, *, resumes: bool) -> dict[str, Any]:
-    """data.json of the run: what its data follows from, written when it begins.
+def _remembered(
+    run: Run, name: str, resumes: bool, find: Callable[[dict[str, Any] | None], dict[str, Any]]
+) -> dict[str, Any]:
+    """Facts that a run found when it began, in a file of its directory; `find` gets them when the run goes on.
 
     Raises:
-        UserError: a run that goes on would read other data than it began with.
+        UserError: a run that goes on would do so with others.
     """
-    path = run.path / "data.json"
+    path = run.path / name
     before = None
     if resumes and path.exists():
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(f"{path} is damaged ({error}); delete the run directory to begin again") from None
-    facts = data_facts(run.config.data, lm.tokenizer, seed=run.config.train.seed, before=before)
+    facts = find(before)
     changed = changes(before, facts) if before is not None else []
     if changed:
-        raise UserError(f"the data of {run.path} is not what it began with: {'; '.join(changed)}")
+        raise UserError(f"{path.stem} of {run.path} is not what it began with: {'; '.join(changed)}")
     write_json(path, facts)
     return facts
 
 
-def _check_isolation(lm: LanguageModel) -> float:
-    """Compare batched with one-at-a-time activations of this model on this machine, before it costs an hour.
-
-    Raises:
-        UserError: they differ by more than rounding explains.
-    """
-    error = isolation_error(lm)
-    if error > ISOLATION_TOLERANCE[lm.dtype]:
-        raise UserError(
-            f"{lm.name}: sequences that share a forward change each other's activations by {error:.2g} (relative; "
-            f"rounding explains {ISOLATION_TOLERANCE[lm.dtype]:.0e}); set harvest.token_budget to 1"
-        )
-    return error
+def _how(how: dict[str, Any]) -> str:
+    exact = f"relative error to one dialogue at a time: median {how['median']:.1e}, 90 % below {how['p90']:.1e}"
+    refused = "".join(f"; not {way}: {reason}" for way, reason in how["refused"].items())
+    prefix = ", the template's prefix once" if how["prefix"] else ""
+    return f"{how['way']}, {how['token_budget']:,} tokens per forward{prefix} ({exact}){refused}"
 
 
 def check(config: RunConfig) -> None:
@@ -123,7 +121,6 @@ def check(config: RunConfig) -> None:
     positive = {
         "data.max_length": config.data.max_length,
         "data.block_size": config.data.block_size,
-        "harvest.token_budget": config.harvest.token_budget,
         "harvest.pool": config.harvest.pool,
         "train.batch_size": config.train.batch_size,
         "train.log_every": config.train.log_every,
@@ -132,6 +129,10 @@ def check(config: RunConfig) -> None:
     for name, value in positive.items():
         if value < 1:
             raise UserError(f"{name} must be at least 1, not {value}")
+    if config.harvest.token_budget < 0:
+        raise UserError(
+            f"harvest.token_budget must be at least 1, or 0 for automatic, not {config.harvest.token_budget}"
+        )
     if config.train.tokens < config.train.batch_size:
         raise UserError(f"train.tokens is {config.train.tokens}, less than one batch of {config.train.batch_size}")
     if not config.model.layers:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from chatsae.batch import Message
-from chatsae.data import pydocs_words as words
-from chatsae.data.pydocs_answers import ANSWERS, about_parameter, head, paragraphs, summary
-from chatsae.data.pydocs_objects import PyObject
+from chatsae.data.pydocs import words
+from chatsae.data.pydocs.answers import ANSWERS, about_parameter, head, paragraphs, summary
+from chatsae.data.pydocs.library import PyObject
 
 _TURNS = (1, 2, 3, 4, 5, 6)
 _TURN_WEIGHTS = (26, 25, 19, 14, 9, 7)

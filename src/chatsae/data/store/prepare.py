@@ -17,14 +17,14 @@ from transformers import PreTrainedTokenizerBase
 from chatsae import console
 from chatsae.batch import Dialogue, Document
 from chatsae.config import DataConfig
-from chatsae.data.manifest import MANIFEST, Manifest, changes, recipe_of
-from chatsae.data.parallel import tokenised
 from chatsae.data.render import template_facts
-from chatsae.data.selection import Chunk, Selection
-from chatsae.data.shards import Shard, check_file
 from chatsae.data.sources import Kind, Source, resolve
+from chatsae.data.store.manifest import MANIFEST, Manifest, changes, recipe_of
+from chatsae.data.store.parallel import tokenised
+from chatsae.data.store.selection import Chunk, Selection
+from chatsae.data.store.shards import Shard, check_file
+from chatsae.data.store.writing import Writing, resume_of, scratch_files, write_hashes
 from chatsae.data.template import special_text
-from chatsae.data.writing import Writing, resume_of, scratch_files, write_hashes
 from chatsae.errors import UserError
 from chatsae.files import Lock, write_json, write_text
 

@@ -5,7 +5,7 @@ import random
 import re
 from collections.abc import Callable
 
-from chatsae.data.pydocs_objects import Parameter, PyObject
+from chatsae.data.pydocs.library import Parameter, PyObject
 
 LONGEST = 3600  # characters of documentation in one answer: about 1,100 tokens of the bundled tokenizer
 

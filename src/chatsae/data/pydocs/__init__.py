@@ -9,8 +9,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from chatsae.batch import Dialogue, Document, Split
-from chatsae.data.pydocs_dialogues import Catalogue, dialogue
-from chatsae.data.pydocs_objects import SHARES, PyObject, dropped, objects, split_of
+from chatsae.data.pydocs.chats import Catalogue, dialogue
+from chatsae.data.pydocs.library import SHARES, PyObject, dropped, objects, split_of
 
 __all__ = ["SHARES", "dialogues", "documents", "dropped", "objects", "split_of"]
 

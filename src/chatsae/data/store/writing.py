@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from chatsae.batch import SPLITS
 from chatsae.data.render import Tokenised
-from chatsae.data.selection import Chunk, Resume
-from chatsae.data.shards import File, ShardWriter, check_file, whole_file, write_parquet
 from chatsae.data.sources import Kind, Source
+from chatsae.data.store.selection import Chunk, Resume
+from chatsae.data.store.shards import File, ShardWriter, check_file, whole_file, write_parquet
 
 TEXT = "text"
 """The name of the documents for bt-p, beside the splits of the dialogues."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from chatsae import console
 from chatsae.console import Column
-from chatsae.data.manifest import Manifest
+from chatsae.data.store.manifest import Manifest
 
 _LOW = 0.05  # share of a source's usable dialogues below which something else than repetition is likely
 

@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerBase
 from chatsae.batch import SPLITS, Split, TokenBatch
 from chatsae.config import Method
 from chatsae.data.blocks import Tokens
-from chatsae.data.manifest import Manifest, tokenizer_facts
 from chatsae.data.render import as_sequences, batches, longest
-from chatsae.data.shards import Shard, read_shard
-from chatsae.data.writing import TEXT
+from chatsae.data.store.manifest import Manifest, tokenizer_facts
+from chatsae.data.store.shards import Shard, read_shard
+from chatsae.data.store.writing import TEXT
 from chatsae.errors import UserError
 
 _CHUNK = 256  # sequences per batch

@@ -1,0 +1,1 @@
+"""Benchmarks whose claims are computed from the rows of the same run."""

@@ -1,0 +1,1 @@
+"""Prepared data on the disk: selected, tokenised, written in shards under a manifest, and read back."""
