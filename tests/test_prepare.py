@@ -151,7 +151,7 @@ def test_the_same_bytes_again_and_from_several_processes(config, tokenizer, tmp_
 
 def test_little_memory_changes_nothing(config, tokenizer, tmp_path, small, capfd):
     run(config, tokenizer, tmp_path / "one")
-    tight = replace(config, memory_gb=2e-5)
+    tight = replace(config, memory_gb=5e-6)
     run(tight, tokenizer, tmp_path / "two")
     assert "reading ahead for those that are shared" in capfd.readouterr().err
     assert files(tmp_path / "one") == files(tmp_path / "two")
@@ -161,7 +161,7 @@ class _StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("memory_gb", [0, 2e-5])
+@pytest.mark.parametrize("memory_gb", [0, 5e-6])
 def test_interrupted_anywhere_the_bytes_are_the_same(config, tokenizer, tmp_path, small, monkeypatch, memory_gb):
     config = replace(config, memory_gb=memory_gb)
     run(config, tokenizer, tmp_path / "whole")
@@ -200,6 +200,18 @@ def test_stopping_at_a_number_of_tokens_gives_the_beginning_of_the_whole(config,
     assert 2000 <= tokens < 2100 < whole.facts["splits"]["train"]["tokens"]
     assert 2000 <= part.facts["splits"]["text"]["tokens"] < whole.facts["splits"]["text"]["tokens"]
     assert sum(c["rows"] for c in part.facts["counts"]["dialogues"]) < 405
+
+
+def test_the_digest_of_the_kept_ones_tells_of_the_first_as_of_the_last(config, tokenizer, tmp_path, small):
+    config = replace(config, order="listed", held_out=(400, 400, 400), text_sources=())
+    digests = [run(config, tokenizer, tmp_path / "0").facts["kept_sha256"]["dialogues"]]
+    for out, name, old in (("1", "a.jsonl", "Question 0?"), ("2", "b.jsonl", "Question 398?")):
+        path = tmp_path / "in" / name
+        text = path.read_text()
+        path.write_text(text.replace(old, "Another one?"))
+        digests.append(run(config, tokenizer, tmp_path / out).facts["kept_sha256"]["dialogues"])
+        path.write_text(text)
+    assert len(set(digests)) == 3
 
 
 def flat(batches) -> TokenBatch:

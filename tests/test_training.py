@@ -25,6 +25,7 @@ from chatsae.sae.grid import build_grid
 from chatsae.sae.init import set_b_dec_
 from chatsae.sae.interop import read_sparsity
 from chatsae.sae.step import make_state, train_step
+from chatsae.training import loop
 from chatsae.training.loop import make_states, train, train_states
 from chatsae.training.pipeline import activations, token_batches
 from chatsae.training.schedule import lr_at
@@ -148,6 +149,43 @@ def test_a_model_whose_sequences_leak_is_refused(world, tmp_path, monkeypatch):
     config = config_of(world)
     with pytest.raises(UserError, match=r"cannot be read padded: they differ by 0.5"):
         train_run(replace(config, harvest=replace(config.harvest, way="padded")), tmp_path)
+
+
+def test_how_the_model_is_read_is_measured_once_and_kept(world, tmp_path, monkeypatch, capsys):
+    config = config_of(world)
+    config = replace(config, harvest=replace(config.harvest, token_budget=0))
+    real, calls = loop.train_step, 0
+
+    def fails(*args, **options):
+        nonlocal calls
+        calls += 1
+        if calls > 400:  # past the first checkpoint
+            raise RuntimeError("stop")
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", fails)
+        with pytest.raises(RuntimeError, match="stop"):
+            train_run(config, tmp_path / "run")
+    how = json.loads((tmp_path / "run" / "harvest.json").read_text())
+    assert (how["way"], how["token_budget"], how["prefix"]) == ("padded", 1024, True)
+    assert 0 <= how["median"] <= how["p90"] < 1e-5
+    assert "is read padded, 1,024 tokens per forward, the template's prefix once" in capsys.readouterr().err
+    monkeypatch.setattr("chatsae.training.pipeline.choose_budget", lambda *_: 7)  # another machine, say
+    assert train_run(config, tmp_path / "run").ending == "done"
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["harvest"] == how
+    whole = train_run(replace(config, harvest=replace(config.harvest, token_budget=1024)), tmp_path / "whole")
+    assert whole.ending == "done"
+    for name in ("L0-2x-standard", "L2-2x-jumprelu"):
+        one, other = (load_file(tmp_path / d / "saes" / name / "sae_weights.safetensors") for d in ("run", "whole"))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_prefix_that_cannot_be_shared_is_refused(world, tmp_path, monkeypatch):
+    config = config_of(world)
+    config = replace(config, harvest=replace(config.harvest, way="single", prefix="on"))
+    with pytest.raises(UserError, match=r"harvest\.prefix: .*the way is not padded; set it to auto"):
+        train_run(config, tmp_path)
 
 
 def test_every_pass_has_its_own_seed(world, monkeypatch):

@@ -28,7 +28,8 @@ __all__ = ["TemplateFacts", "Tokenised", "render", "template_facts", "tokenise"]
 
 T = TypeVar("T")
 
-_CHARACTERS = 1_000_000  # of documents that are tokenised together: one of them can be a book
+CHARACTERS = 1_000_000
+"""Of text that is tokenised together; a single item may have more."""
 
 
 def render(
@@ -202,14 +203,21 @@ def _separators(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int
     return [], [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
+def characters_of(item: object) -> int:
+    """The length of a dialogue's or document's text; 0 of anything else."""
+    if isinstance(item, Document):
+        return len(item.text)
+    return sum(len(message.content) for message in item.messages) if isinstance(item, Dialogue) else 0
+
+
 def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """The items in lists of at most `size`, and of not much more text than a million characters."""
     group: list[T] = []
     characters = 0
     for item in items:
         group.append(item)
-        characters += len(item.text) if isinstance(item, Document) else 0
-        if len(group) == size or characters > _CHARACTERS:
+        characters += characters_of(item)
+        if len(group) == size or characters > CHARACTERS:
             yield group
             group, characters = [], 0
     if group:

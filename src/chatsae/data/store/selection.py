@@ -15,6 +15,7 @@ from chatsae.batch import Dialogue, Split
 from chatsae.config import DataConfig
 from chatsae.data.dedup import Greedy, MemoryFullError
 from chatsae.data.reading import Reading, Sample, samples
+from chatsae.data.render import CHARACTERS, characters_of
 from chatsae.data.sources import Kind, Source
 from chatsae.data.stream import RowStream
 
@@ -89,7 +90,7 @@ class Selection(Iterator[Chunk]):
 
     def __next__(self) -> Chunk:
         before = self.stream.state_dict()
-        batch = list(islice(self._samples, CHUNK))
+        batch = self._batch()
         if not batch:
             raise StopIteration
         kept = []
@@ -105,6 +106,17 @@ class Selection(Iterator[Chunk]):
         self._kept_sha256 = hashlib.sha256(chained).hexdigest()
         hashes = np.empty(0, np.uint64) if self._greedy is None else self._greedy.take_new()
         return Chunk(kept, self.state_dict(), hashes, self._narrowed_at is not None)
+
+    def _batch(self) -> list[Sample]:
+        """The next samples: at most CHUNK, and not much more text than a million characters, for a book is one too."""
+        batch: list[Sample] = []
+        characters = 0
+        for sample in self._samples:
+            batch.append(sample)
+            characters += characters_of(sample.item)
+            if len(batch) == CHUNK or characters > CHARACTERS:
+                break
+        return batch
 
     @property
     def n_rows(self) -> int:
