@@ -1,6 +1,5 @@
 import itertools
 import json
-import math
 
 import pytest
 import torch
@@ -10,9 +9,7 @@ from chatsae.batch import Dialogue, Message, Role
 from chatsae.data.render import render
 from chatsae.errors import UserError
 from chatsae.evals.evaluate import evaluate
-from chatsae.evals.loss import token_losses
-from chatsae.evals.reconstruction import Reconstruction
-from chatsae.evals.report import Report, compare
+from chatsae.evals.report import PAIRED, Report, compare
 from chatsae.lm.load import LanguageModel
 from chatsae.lm.tap import splice
 from chatsae.runs import Run
@@ -49,55 +46,18 @@ def residuals(lm: LanguageModel) -> list[torch.Tensor]:
     return found
 
 
-def test_explained_variance_of_a_worked_example():
-    x = torch.tensor([[2.0, 0.0], [0.0, 4.0]])
-    sae_out = torch.tensor([[2.0, 1.0], [0.0, 3.0]])
-    sums = Reconstruction(2, 3)
-    chosen = torch.tensor([True, False])
-    sums.add(x, sae_out, torch.tensor([[1.0, 0, 0], [1, 0, 2]]), torch.tensor([0, 0]), chosen, ~chosen, 1)
-    metrics = sums.metrics()
-    assert metrics["explained_variance"] == pytest.approx(0.8, abs=1e-12)
-    assert metrics["mse"] == 0.5
-    assert metrics["log2_mse"] == -1
-    assert metrics["l0"] == 1.5
-    assert metrics["dead_fraction"] == pytest.approx(1 / 3)
-    assert metrics["n_tokens"] == 2
-
-
-def test_eq_7_averages_within_a_dialogue_first():
-    sums = Reconstruction(1, 1)
-    x, sae_out = torch.zeros(4, 1), torch.tensor([[1.0], [2.0], [0.0], [2.0]])
-    none = torch.zeros(4, dtype=torch.bool)
-    by_id = torch.tensor([False, True, True, False])
-    sums.add(x, sae_out, torch.ones(4, 1), torch.tensor([0, 1, 1, 1]), by_id, none, 2)
-    metrics = sums.metrics()
-    assert metrics["mse"] == pytest.approx((1 + 8 / 3) / 2, abs=1e-12)  # the mean over tokens would be 9/4
-    assert metrics["mse_st"] == pytest.approx(2.0, abs=1e-12)  # only the second dialogue has special tokens
-    assert metrics["mse_st_template"] is None
-
-
-def test_sums_in_float64_survive_a_large_mean_and_any_batching():
-    generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(512, 8, generator=generator) + 3000).bfloat16().float()
-    sae_out = x + torch.randn(512, 8, generator=generator)
-    exact = 1 - (sae_out - x).double().square().sum() / (x - x.double().mean(0)).square().sum()
-    for size in (1, 7, 512):
-        sums = Reconstruction(8, 1)
-        for rows, outs in zip(x.split(size), sae_out.split(size), strict=True):
-            every = torch.ones(len(rows), dtype=torch.bool)
-            sums.add(rows, outs, torch.ones(len(rows), 1), torch.arange(len(rows)), every, every, len(rows))
-        assert sums.metrics()["explained_variance"] == pytest.approx(float(exact), rel=1e-9)
-
-
 def test_an_identity_sae_changes_nothing(lm):
     row = evaluate({"identity": identity_sae(lm.d_in)}, lm, dialogues()).rows["identity"]
-    assert row["mse"] == 0
-    assert row["mse_st"] == 0
-    assert row["log2_mse"] == -math.inf
-    assert row["explained_variance"] == 1
-    assert row["delta_loss"] == 0
-    assert row["delta_loss_percent"] == 0
+    nothing = ("mse", "mse_st", "mse_token", "fvu", "normalized_mse", "delta_loss", "delta_loss_percent", "kl")
+    assert {name: row[name] for name in nothing} == dict.fromkeys(nothing, 0)
+    assert row["log2_mse"] is None
+    assert row["reasons"]["log2_mse"] == "the error is exactly 0"
+    one = ("explained_variance", "top1_agreement", "relative_bias")
+    assert {name: row[name] for name in one} == dict.fromkeys(one, 1)
+    for name in ("cosine", "l2_ratio"):
+        assert row[name] == pytest.approx(1, abs=1e-12)
     assert row["l0"] == pytest.approx(lm.d_in, rel=0.01)
+    assert row["intervals"]["delta_loss"] == [0, 0]
 
 
 def test_splicing_an_identity_sae_leaves_the_logits_bitwise_equal(lm):
@@ -119,19 +79,15 @@ def test_predicting_the_mean_explains_no_variance(lm):
     assert row["delta_loss"] != 0
 
 
-def test_results_equal_the_slow_way_and_do_not_depend_on_batch_size(lm):
+def test_results_equal_the_slow_way(lm):
     sae = init_sae(spec(lm.d_in), torch.Generator().manual_seed(3))
     x = residuals(lm)
     with torch.no_grad():
         errors = [(sae(r).double() - r.double()).square().mean(-1) for r in x]
     mse = sum(float(e.mean()) for e in errors) / len(errors)
-    evaluated = [evaluate({"sae": sae}, lm, dialogues(), token_budget=budget) for budget in (1, 50, 400, 100_000)]
-    assert all(report.facts == evaluated[0].facts for report in evaluated)
-    reports = [report.rows["sae"] for report in evaluated]
-    assert reports[0]["mse"] == pytest.approx(mse, rel=1e-6)
-    for report in reports[1:]:
-        for key, value in reports[0].items():
-            assert report[key] == pytest.approx(value, rel=1e-5), key
+    row = evaluate({"sae": sae}, lm, dialogues()).rows["sae"]
+    assert row["mse"] == pytest.approx(mse, rel=1e-6)
+    assert row["mse_token"] == pytest.approx(float(torch.cat(errors).mean()), rel=1e-6)
 
 
 def test_delta_loss_equals_the_models_own_loss(lm):
@@ -161,13 +117,6 @@ def test_delta_loss_equals_the_models_own_loss(lm):
         assert row[f"loss{suffix}"] == pytest.approx(x, rel=1e-5)
         assert row[f"delta_loss{suffix}"] == pytest.approx(y - x, rel=1e-4)
         assert row[f"delta_loss_percent{suffix}"] == pytest.approx(100 * (y - x) / x, rel=1e-4)
-
-
-def test_token_losses_skip_padding_and_first_tokens():
-    logits = torch.zeros(2, 3, 4)
-    real = torch.tensor([[True, True, True], [True, False, False]])
-    losses = token_losses(logits, torch.zeros(2, 3, dtype=torch.int64), real)
-    assert losses.tolist() == pytest.approx([math.log(4)] * 2)
 
 
 def test_special_tokens_by_id_and_by_template_differ_inside_content():
@@ -205,10 +154,20 @@ def test_reports_are_saved_compared_and_refused_when_they_do_not_match(tmp_path,
         assert Report.load(runs[-1].path / "report.json") == report
     comparison = compare(runs)
     assert [(r["SAE"], r["method"]) for r in comparison.rows] == [("sae", "fast"), ("sae", "bt-f")]
+    assert not any("groups" in row for row in comparison.rows)
+    tests = {test["figure"]: test for test in comparison.paired}
+    assert set(tests) == set(PAIRED)
+    assert tests["mse"]["difference"] == pytest.approx(comparison.rows[0]["mse"] - comparison.rows[1]["mse"], rel=1e-9)
+    assert tests["mse"]["first"].endswith("fast")
     best = min(comparison.rows, key=lambda r: r["mse"])
-    assert f"{best['mse']:.3g} ({best['log2_mse']:.3g})*" in comparison.table()
+    half = (best["intervals"]["mse"][1] - best["intervals"]["mse"][0]) / 2
+    assert f"{best['mse']:.3g} ±{half:.1g} ({best['log2_mse']:.3g})*" in comparison.table()
     comparison.save(tmp_path / "compare.json")
-    assert json.loads((tmp_path / "compare.json").read_text())["rows"] == comparison.rows
+    assert json.loads((tmp_path / "compare.json").read_text()) == {
+        "facts": comparison.facts,
+        "rows": comparison.rows,
+        "paired": comparison.paired,
+    }
 
     evaluate({"sae": sae}, lm, dialogues(3)).save(runs[1].path / "report.json")
     with pytest.raises(UserError, match="other dialogues"):

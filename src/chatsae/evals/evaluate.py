@@ -1,11 +1,10 @@
-"""Evaluate SAEs on held-out dialogues, each fed whole and alone."""
+"""Evaluate SAEs on held-out dialogues, each fed whole and alone: one forward for all, one part of one per SAE."""
 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
-from functools import partial
-from itertools import islice
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,16 +14,20 @@ from chatsae import console
 from chatsae.batch import Dialogue, Role, TokenBatch
 from chatsae.data.render import render
 from chatsae.data.template import template_facts
-from chatsae.evals.loss import DeltaLoss, token_losses
-from chatsae.evals.reconstruction import Reconstruction
-from chatsae.evals.report import Report
-from chatsae.lm.harvest import ISOLATION_TOLERANCE, isolation_error, plan
+from chatsae.errors import UserError
+from chatsae.evals.figures import ABLATIONS, Table, add_intervals, dialogue_table, sae_row
+from chatsae.evals.groups import NAMES, SPECIAL, VARIANTS, WHOLE
+from chatsae.evals.loss import LOSS_SUMS, constant_losses, token_losses
+from chatsae.evals.reconstruction import TOKEN_SUMS, Labelled, Reconstruction, Stream, per_dialogue
+from chatsae.evals.report import DialogueSums, Report
+from chatsae.evals.resume import Trunk, tolerance
+from chatsae.lm.forward import Broken, check_tokens
+from chatsae.lm.harvest import isolation_error, plan
 from chatsae.lm.load import LanguageModel
-from chatsae.lm.tap import splice
 from chatsae.sae.base import SAE
 
 _BUDGET = 4096  # padded tokens of one forward, where nobody says
-_LOGITS = 2**27  # logits of one forward: half a gigabyte in float32
+_LOGITS = 2**27  # logits of one forward, where the head cannot be run apart: half a gigabyte in float32
 
 
 def evaluate(
@@ -36,14 +39,27 @@ def evaluate(
     max_length: int = 8192,
     token_budget: int = 0,
     tally: Counter[str] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+    shortcuts: bool = True,
 ) -> Report:
     """The metrics of `evaluate_tokens` on the first `limit` dialogues, each cut at `max_length` tokens.
 
     Raises:
-        UserError: there is no dialogue to evaluate on, or the model cannot take one.
+        UserError: there is no dialogue to evaluate on, the model cannot take one, or an SAE is not of this model.
     """
     tokens = render(islice(dialogues, limit), lm.tokenizer, method="fast", max_length=max_length, tally=tally)
-    return evaluate_tokens(saes, lm, tokens, limit=limit, max_length=max_length, token_budget=token_budget)
+    return evaluate_tokens(
+        saes,
+        lm,
+        tokens,
+        limit=limit,
+        max_length=max_length,
+        token_budget=token_budget,
+        resamples=resamples,
+        seed=seed,
+        shortcuts=shortcuts,
+    )
 
 
 @torch.inference_mode()
@@ -55,47 +71,187 @@ def evaluate_tokens(
     limit: int | None = None,
     max_length: int = 8192,
     token_budget: int = 0,
+    resamples: int = 1000,
+    seed: int = 0,
+    shortcuts: bool = True,
 ) -> Report:
-    """MSE and MSE_st (eq. 7), explained variance, l0, dead fraction and Delta Loss of every SAE.
+    """Every figure of `chatsae.evals.schema` for every SAE, by group, with 95 % intervals over dialogues.
 
-    The model runs whole: once as it is, and once more per SAE with its reconstruction in place of the residual stream.
+    The model runs once as it is, for all layers, and once more per SAE from its layer on, with the reconstruction in
+    place of the residual stream. Ablations, the same for all SAEs of a layer, take one sequence. `shortcuts` False
+    runs the model whole each time. `resamples` and `seed` are those of the bootstrap. No figure depends on the order
+    of the dialogues or, but for rounding in the model, on `token_budget`.
 
     Raises:
-        UserError: there is no dialogue to evaluate on, or the model cannot take one.
+        UserError: there is no dialogue to evaluate on, the model cannot take one, an SAE is of another width or layer,
+            or an activation is not finite.
     """
+    _check(saes, lm)
     full = lm.with_head()
-    special = torch.tensor(template_facts(lm.tokenizer).special_ids)
-    layers = sorted({sae.spec.layer for sae in saes.values()})
-    sums = {name: Reconstruction(sae.spec.d_in, sae.spec.d_sae) for name, sae in saes.items()}
-    losses = {name: DeltaLoss() for name in saes}
-    budget = min(token_budget or _BUDGET, _LOGITS // full.vocab_size)
-    if isolation_error(lm) > ISOLATION_TOLERANCE[lm.dtype]:
+    dialogues, digest = _gather(_first(tokens, limit))
+    check_tokens(full, dialogues)
+    dialogues, keys = _sorted(dialogues)
+    trunk = Trunk(full, sorted({sae.spec.layer for sae in saes.values()}), shortcuts=shortcuts)
+    budget = token_budget or _BUDGET
+    if not trunk.headless:
+        budget = min(budget, _LOGITS // full.vocab_size)
+    if not lm.layers or isolation_error(lm) > tolerance(lm.dtype):
         budget = 1  # one dialogue at a time
-    n_dialogues, digest = 0, hashlib.sha256()
-    with console.progress("evaluate", limit) as advance:
-        for batch in _batches(_hashed(_first(tokens, limit), digest), budget, full.rope_split):
-            n_dialogues += len(batch)
-            ids, real = batch.padded().to(full.device), _real(batch).to(full.device)
-            logits, residuals = _forward(full, ids, layers)
-            clean = token_losses(logits, ids, real)
-            assistant = _scored(batch, real.cpu()) == Role.ASSISTANT
-            by_id = torch.isin(batch.input_ids, special)
-            for name, sae in saes.items():
-                x = residuals[sae.spec.layer][real]
-                feature_acts = sae.encode(x)
-                sae_out = sae.decode(feature_acts)
-                sums[name].add(x, sae_out, feature_acts, batch.sequence, by_id, batch.special, len(batch))
-                spliced = _spliced(full, sae.spec.layer, sae_out.to(x), real, ids)
-                losses[name].add(clean, token_losses(spliced, ids, real), assistant)
-            advance(len(batch))
-    rows = {name: sums[name].metrics() | losses[name].metrics() for name in saes}
+    done = _Pass(saes, trunk, dialogues, template_facts(lm.tokenizer).special_ids)
+    with console.progress("evaluate", len(dialogues)) as advance:
+        for chosen in plan(dialogues.lengths.tolist(), token_budget=budget, split=full.rope_split):
+            done.add(chosen)
+            advance(len(chosen))
+    tables = done.tables()
+    rows = {
+        name: sae_row(
+            done.sums[name],
+            done.streams[sae.spec.layer],
+            tables[name],
+            sae.W_dec,
+            constant=sae.spec.layer in trunk.constant,
+        )
+        for name, sae in saes.items()
+    }
+    add_intervals(rows, tables, resamples=resamples, seed=seed)
     facts = {
         "model": lm.name,
-        "n_dialogues": n_dialogues,
+        "n_dialogues": len(dialogues),
         "max_length": max_length,
-        "tokens_sha256": digest.hexdigest(),
+        "tokens_sha256": digest,
     }
-    return Report(rows=rows, facts=facts)
+    return Report(rows=rows, facts=facts, dialogues=DialogueSums(keys, tables))
+
+
+@dataclass
+class _Pass:
+    """What one pass over the dialogues adds up."""
+
+    saes: Mapping[str, SAE]
+    trunk: Trunk
+    dialogues: TokenBatch
+    special_ids: tuple[int, ...]
+    streams: dict[int, Stream] = field(init=False)
+    sums: dict[str, Reconstruction] = field(init=False)
+    _order: list[int] = field(default_factory=list)  # of the dialogues, as they were added
+    _columns: dict[str, dict[str, list[Tensor]]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.streams = {layer: Stream(self.trunk.full.d_in) for layer in self.trunk.layers}
+        self.sums = {name: Reconstruction(sae.spec.d_in, sae.spec.d_sae) for name, sae in self.saes.items()}
+        self._columns = {name: {} for name in self.saes}
+
+    def add(self, chosen: list[int]) -> None:
+        """Run the model on some dialogues, and add what each SAE makes of them."""
+        trunk, tokens = self.trunk, self.dialogues.select(chosen)
+        ids, real = tokens.padded().to(trunk.full.device), _real(tokens).to(trunk.full.device)
+        clean, residuals = trunk.clean(ids)
+        batch = Labelled.of(tokens, self.special_ids)
+        scored = torch.zeros_like(real)
+        scored[:, :-1] = real[:, 1:]
+        states: dict[str, Tensor] = {}
+        for layer in trunk.layers:
+            self._add_layer(layer, residuals[layer], real, batch, ids, scored, states)
+        own, found = token_losses(trunk, clean[scored], states, ids[:, 1:][real[:, 1:]])
+        self._order += chosen
+        later = tokens.position > 0
+        for name in self.saes:
+            values = torch.cat([torch.ones(len(own), 1, dtype=torch.float64), own[:, None], found[name]], dim=1)
+            self._put_scored(name, values, tokens.sequence[later], tokens.role[later], len(tokens))
+
+    def tables(self) -> dict[str, Table]:
+        """The sums by dialogue of each SAE, with the losses of its layer's ablations; dialogues in their order."""
+        order = torch.tensor(self._order)
+        place = order.argsort().numpy()
+        ablated = {layer: self._ablated(layer) for layer in self.trunk.layers}
+        tables = {}
+        for name, sae in self.saes.items():
+            columns = {column: torch.cat(parts) for column, parts in self._columns[name].items()}
+            columns |= {column: values[order] for column, values in ablated[sae.spec.layer].items()}
+            table = dialogue_table(columns, self.streams[sae.spec.layer], sae.spec.d_in)
+            tables[name] = {column: values[place] for column, values in table.items()}
+        return tables
+
+    def _add_layer(
+        self,
+        layer: int,
+        residual: Float[Tensor, "B T D"],
+        real: Bool[Tensor, "B T"],
+        batch: Labelled,
+        ids: Int[Tensor, "B T"],
+        scored: Bool[Tensor, "B T"],
+        states: dict[str, Tensor],
+    ) -> None:
+        x = residual[real]
+        _check_finite(x, layer, batch.tokens)
+        exact = x.double()
+        where = self.streams[layer].add(exact, batch)
+        for name, sae in self.saes.items():
+            if sae.spec.layer != layer:
+                continue
+            feature_acts = sae.encode(x.to(sae.W_enc.device))
+            sae_out = sae.decode(feature_acts).to(x.device)
+            if not torch.isfinite(sae_out).all():
+                raise UserError(f"{name}: its reconstruction of layer {layer} holds NaN or infinite numbers")
+            sums, errors = self.sums[name].add(exact, sae_out, feature_acts.to(x.device), batch, where)
+            self._put(name, "n_tokens", batch.tokens.lengths.double())
+            self._put(name, "squared_error", sums[:, 0] / sae.spec.d_in)
+            for i, column in enumerate(TOKEN_SUMS[3:], start=3):
+                self._put(name, column, sums[:, i])
+            self._put(name, "mse", errors[:, NAMES.index((WHOLE, ""))])
+            for variant in VARIANTS:
+                self._put(name, variant, errors[:, NAMES.index((SPECIAL, variant))])
+            spliced = residual.clone()
+            spliced[real] = sae_out.to(residual.dtype)
+            states[name] = self.trunk.spliced(layer, spliced, ids)[scored]
+
+    def _put(self, name: str, column: str, values: Float[Tensor, " B"]) -> None:
+        self._columns[name].setdefault(column, []).append(values)
+
+    def _put_scored(
+        self, name: str, values: Float[Tensor, "M K"], sequence: Int[Tensor, " M"], role: Tensor, n: int
+    ) -> None:
+        assistant = (role == int(Role.ASSISTANT)).double()[:, None]
+        for suffix, chosen in (("", values), ("_assistant", values * assistant)):
+            sums = per_dialogue(chosen, sequence, n)
+            for i, column in enumerate(("n_scored", "loss", *LOSS_SUMS)):
+                self._put(name, f"{column}{suffix}", sums[:, i])
+
+    def _ablated(self, layer: int) -> dict[str, Float[Tensor, " S"]]:
+        """Summed losses per dialogue with zero, and with the mean activation, as the whole residual stream."""
+        tokens, stream = self.dialogues, self.streams[layer]
+        mean = stream.x[NAMES.index((WHOLE, ""))] / len(tokens.input_ids)
+        assistant = (tokens.role == int(Role.ASSISTANT)).double()
+        found = {}
+        for name, vector in zip(ABLATIONS, (torch.zeros_like(mean), mean), strict=True):
+            if layer in self.trunk.constant:
+                losses = constant_losses(self.trunk, layer, vector, tokens)
+            else:
+                losses = torch.full_like(assistant, torch.nan)
+            both = per_dialogue(torch.stack([losses, losses * assistant], dim=1), tokens.sequence, len(tokens))
+            found |= {f"loss_{name}": both[:, 0], f"loss_{name}_assistant": both[:, 1]}
+        return found
+
+
+def _check(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
+    """Refuse SAEs that are not of this model.
+
+    Raises:
+        UserError: there is none, or one has another width, or a layer that the model does not have.
+    """
+    if not saes:
+        raise UserError("there is no SAE to evaluate")
+    for name, sae in saes.items():
+        if sae.spec.d_in != lm.d_in:
+            raise UserError(
+                f"{name}: d_in is {sae.spec.d_in}, the residual stream of {lm.name} has {lm.d_in}; "
+                "is it an SAE of another model?"
+            )
+        if not 0 <= sae.spec.layer < lm.n_layers:
+            raise UserError(f"{name}: layer is {sae.spec.layer}, {lm.name} has layers 0..{lm.n_layers - 1}")
+        trained_on = sae.metadata.get("model_name")
+        if trained_on is not None and trained_on != lm.name:
+            console.warn(f"{name} was trained on {trained_on} and is evaluated on {lm.name}")
 
 
 def _first(stream: Iterable[TokenBatch], limit: int | None) -> Iterator[TokenBatch]:
@@ -108,59 +264,39 @@ def _first(stream: Iterable[TokenBatch], limit: int | None) -> Iterator[TokenBat
         left = None if left is None else left - len(tokens)
 
 
-def _hashed(stream: Iterator[TokenBatch], digest: "hashlib._Hash") -> Iterator[TokenBatch]:
-    """Take the digest before batches are formed: it tells the dialogues, not how they were batched."""
-    for tokens in stream:
-        digest.update(tokens.input_ids.numpy().tobytes())
-        yield tokens
+def _gather(stream: Iterator[TokenBatch]) -> tuple[TokenBatch, str]:
+    """All dialogues in one batch, and the digest of their tokens in the order they came.
+
+    Raises:
+        UserError: there is none.
+    """
+    batches = list(stream)
+    if not sum(map(len, batches)):
+        raise UserError("there is no dialogue to evaluate on")
+    tokens = TokenBatch.concat(batches)
+    return tokens, hashlib.sha256(tokens.input_ids.numpy().tobytes()).hexdigest()
 
 
-def _batches(stream: Iterator[TokenBatch], budget: int, split: int | None) -> Iterator[TokenBatch]:
-    for tokens in stream:
-        for chosen in plan(tokens.lengths.tolist(), token_budget=budget, split=split):
-            yield tokens.select(chosen)
+def _sorted(tokens: TokenBatch) -> tuple[TokenBatch, list[str]]:
+    """Dialogues by the digest of their tokens, and the digests: an order that does not depend on the one given."""
+    ids = tokens.input_ids.numpy()
+    keys = [
+        hashlib.blake2b(ids[start:stop].tobytes(), digest_size=8).hexdigest()
+        for start, stop in pairwise(tokens.cu_seqlens.tolist())
+    ]
+    order = sorted(range(len(keys)), key=keys.__getitem__)
+    return tokens.select(order), [keys[i] for i in order]
 
 
-def _forward(
-    full: LanguageModel, ids: Int[Tensor, "B T"], layers: list[int]
-) -> tuple[Float[Tensor, "B T V"], dict[int, Float[Tensor, "B T D"]]]:
-    """Logits of the model as it is, and the residual stream after each layer."""
-    residuals: dict[int, Tensor] = {}
-
-    def keep(x: Tensor, layer: int) -> Tensor:
-        residuals[layer] = x
-        return x
-
-    with ExitStack() as stack:
-        for layer in layers:
-            stack.enter_context(splice(full, layer, partial(keep, layer=layer)))
-        return full.model(input_ids=ids, use_cache=False).logits, residuals
-
-
-def _spliced(
-    full: LanguageModel,
-    layer: int,
-    sae_out: Float[Tensor, "N D"],
-    real: Bool[Tensor, "B T"],
-    ids: Int[Tensor, "B T"],
-) -> Float[Tensor, "B T V"]:
-    """Logits with the reconstruction in place of the residual stream; padding keeps its own."""
-
-    def replace(x: Tensor) -> Tensor:
-        y = x.clone()
-        y[real] = sae_out
-        return y
-
-    with splice(full, layer, replace):
-        return full.model(input_ids=ids, use_cache=False).logits
+def _check_finite(x: Float[Tensor, "N D"], layer: int, tokens: TokenBatch) -> None:
+    broken = ~torch.isfinite(x).all(dim=-1)
+    if not bool(broken.any()):
+        return
+    i = int(tokens.sequence[int(broken.cpu().int().argmax())])
+    start, stop = tokens.cu_seqlens[i : i + 2].tolist()
+    where = Broken(i, tokens.names[i], layer, int(broken[start:stop].sum()), stop - start)
+    raise UserError(f"{where}; try model.dtype float32")
 
 
 def _real(tokens: TokenBatch) -> Bool[Tensor, "B T"]:
     return torch.arange(int(tokens.lengths.max())) < tokens.lengths[:, None]
-
-
-def _scored(tokens: TokenBatch, real: Bool[Tensor, "B T"]) -> Int[Tensor, " M"]:
-    """The role of every token that has a loss, in the order of `token_losses`."""
-    role = torch.full(real.shape, int(Role.NONE))
-    role[real] = tokens.role.long()
-    return role[:, 1:][real[:, 1:]]

@@ -1,34 +1,124 @@
 """Reports: the metrics of a run's SAEs, and the table that sets runs side by side."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from chatsae import console
 from chatsae.console import Column
 from chatsae.errors import UserError
+from chatsae.evals.figures import COLUMNS as SUMS
+from chatsae.evals.figures import Table, ratios
+from chatsae.evals.schema import VERSION
+from chatsae.evals.statistics import Paired, paired
 from chatsae.files import write_json
 from chatsae.runs import Run
 
+
+@dataclass(frozen=True, slots=True)
+class Measured(Column):
+    """A column with half of the 95 % interval behind the value, where the row has one."""
+
+    def cell(self, row: Mapping[str, Any]) -> str:
+        text = Column(self.key).cell(row)
+        interval = row.get("intervals", {}).get(self.key)
+        if interval is not None:
+            text += f" ±{(interval[1] - interval[0]) / 2:.1g}"
+        return f"{text} ({Column(self.beside).cell(row)})" if self.beside else text
+
+
 COLUMNS = (
-    Column("mse", "mse\n(log2)", best="min", beside="log2_mse"),
-    Column("mse_st", "mse_st\n(log2)", best="min", beside="log2_mse_st"),
-    Column("mse_st_template", "mse_st by\ntemplate (log2)", best="min", beside="log2_mse_st_template"),
+    Measured("mse", "mse\n(log2)", best="min", beside="log2_mse"),
+    Measured("mse_st", "mse_st\n(log2)", best="min", beside="log2_mse_st"),
+    Measured("mse_st_template", "mse_st by\ntemplate (log2)", best="min", beside="log2_mse_st_template"),
     Column("l0", "l0"),
-    Column("explained_variance", "explained\nvariance", best="max"),
+    Measured("explained_variance", "explained\nvariance", best="max"),
     Column("dead_fraction", "dead", best="min"),
-    Column("delta_loss", "delta_loss\n(%)", best="min", beside="delta_loss_percent"),
+    Measured("delta_loss", "delta_loss\n(%)", best="min", beside="delta_loss_percent"),
 )
+PAIRED = ("mse", "mse_st", "mse_st_template", "mse_st_no_prefix", "fvu", "delta_loss", "kl")
+"""The figures whose difference between methods `compare` tests."""
+
+_NOT_COMPARED = ("groups", "reasons")  # of the rows of a comparison: they stay in the reports
+
+
+@dataclass(frozen=True)
+class DialogueSums:
+    """What intervals and paired tests are made of: by SAE, `chatsae.evals.figures.COLUMNS` of each dialogue.
+
+    `keys` tell dialogues by their tokens, in ascending order.
+    """
+
+    keys: list[str]
+    tables: dict[str, Table]
+
+    def save(self, path: Path) -> None:
+        """Write a Parquet file: one row per SAE and dialogue.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns: dict[str, Any] = {
+            "sae": pa.array([name for name in self.tables for _ in self.keys]).dictionary_encode(),
+            "dialogue": self.keys * len(self.tables),
+        }
+        for column in SUMS:
+            columns[column] = np.concatenate([table[column] for table in self.tables.values()])
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            pq.write_table(pa.table(columns), temporary, compression="zstd")
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+
+    @classmethod
+    def load(cls, path: Path) -> "DialogueSums":
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.read_table(path)
+            names, keys = (np.array(table[column].to_pylist(), dtype=object) for column in ("sae", "dialogue"))
+            sums = {column: table[column].to_numpy() for column in SUMS}
+        except (OSError, KeyError, ValueError, pa.ArrowException) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is damaged ({reason}); `chatsae eval {path.parent}` writes it anew") from None
+        order = list(dict.fromkeys(names))
+        chosen = {name: names == name for name in order}
+        tables = {name: {c: values[chosen[name]] for c, values in sums.items()} for name in order}
+        return cls(list(keys[chosen[order[0]]]), tables)
 
 
 @dataclass(frozen=True)
 class Report:
-    """Metrics by SAE name, and what they were measured on."""
+    """Metrics by SAE name, what they were measured on, and the sums by dialogue where they are there."""
 
     rows: dict[str, dict[str, Any]]
     facts: dict[str, Any]
+    dialogues: DialogueSums | None = field(default=None, compare=False, repr=False)
+
+    def with_figures(self, figures: Mapping[str, Mapping[str, Any]]) -> "Report":
+        """The report with more figures of some SAEs, by name; a reason for their absence goes."""
+        rows = {}
+        for name, row in self.rows.items():
+            new = dict(figures.get(name, {}))
+            reasons = {key: why for key, why in row.get("reasons", {}).items() if new.get(key) is None}
+            rows[name] = {**row, **new, "reasons": reasons | dict(new.get("reasons", {}))}
+        return replace(self, rows=rows)
 
     def table(self) -> str:
         """The report as text."""
@@ -37,31 +127,66 @@ class Report:
         return console.table("Held-out dialogues", columns, rows, caption=_caption(self.facts))
 
     def save(self, path: Path | str) -> None:
-        """Write report.json."""
-        write_json(Path(path), {"facts": self.facts, "saes": self.rows})
+        """Write report.json (docs/report-schema.json), and beside it report.parquet with the sums by dialogue."""
+        path = Path(path)
+        write_json(path, {"schema": VERSION, "facts": self.facts, "saes": self.rows})
+        if self.dialogues is None:
+            path.with_suffix(".parquet").unlink(missing_ok=True)  # of another evaluation
+        else:
+            self.dialogues.save(path.with_suffix(".parquet"))
 
     @classmethod
     def load(cls, path: Path | str) -> "Report":
-        """Read report.json.
+        """Read report.json, of any version so far, and report.parquet if it is there.
 
         Raises:
-            UserError: it is missing or damaged.
+            UserError: it is missing or damaged, or of a later version.
         """
+        path = Path(path)
+        anew = f"`chatsae eval {path.parent}` writes it"
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            return cls(rows=data["saes"], facts=data["facts"])
+            data = json.loads(path.read_text(encoding="utf-8"))
+            rows, facts, version = dict(data["saes"]), dict(data["facts"]), data.get("schema", 0)
         except FileNotFoundError:
-            raise UserError(f"{path} does not exist; `chatsae eval {Path(path).parent}` writes it") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); `chatsae eval {Path(path).parent}` writes it anew") from None
+            raise UserError(f"{path} does not exist; {anew}") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged ({error}); {anew} anew") from None
+        if version not in range(VERSION + 1):
+            raise UserError(f"{path}: schema is {version!r}; this chatsae reads up to {VERSION}; {anew} anew")
+        sums = path.with_suffix(".parquet")
+        return cls(rows=rows, facts=facts, dialogues=DialogueSums.load(sums) if sums.exists() else None)
+
+
+def paired_test(first: Report, second: Report, sae: str, figure: str, *, other: str | None = None) -> Paired | None:
+    """A figure of an SAE in one report against the other's (of the SAE `other`, or that of the same name).
+
+    None where the figure is not defined. Figures are those of `chatsae.evals.figures.ratios`.
+
+    Raises:
+        UserError: a report has no sums by dialogue, or they are of other dialogues; or the SAE or figure is unknown.
+    """
+    tables = []
+    for report, name in ((first, sae), (second, other or sae)):
+        if report.dialogues is None:
+            raise UserError("a report has no sums by dialogue (report.parquet); evaluate the run anew")
+        if name not in report.dialogues.tables:
+            raise UserError(f"no SAE {name!r} in the report; it has {', '.join(report.dialogues.tables)}")
+        tables.append(report.dialogues.tables[name])
+    if first.dialogues is None or second.dialogues is None or first.dialogues.keys != second.dialogues.keys:
+        raise UserError("the reports were measured on different dialogues; evaluate both alike first")
+    parts = [ratios(table) for table in tables]
+    if figure not in parts[0]:
+        raise UserError(f"{figure!r} is no figure that can be compared; there are {', '.join(parts[0])}")
+    return paired(parts[0][figure], parts[1][figure])
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row per SAE of several runs."""
+    """One row per SAE of several runs; and per SAE, pair of methods and figure of `PAIRED` the paired test."""
 
     rows: list[dict[str, Any]]
     facts: dict[str, Any]
+    paired: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self) -> str:
         """The rows grouped by SAE, the best of each group marked with a star."""
@@ -75,7 +200,7 @@ class Comparison:
 
     def save(self, path: Path | str) -> None:
         """Write compare.json."""
-        write_json(Path(path), {"facts": self.facts, "rows": self.rows})
+        write_json(Path(path), {"facts": self.facts, "rows": self.rows, "paired": self.paired})
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
@@ -93,12 +218,27 @@ def compare(runs: Sequence[Run]) -> Comparison:
                 f"({report.facts} against {facts}); evaluate both alike first"
             )
     rows = [
-        {"SAE": name, "method": run.config.data.method, "run": str(run.path), **row}
+        {"SAE": name, "method": run.config.data.method, "run": str(run.path)}
+        | {key: value for key, value in row.items() if key not in _NOT_COMPARED}
         for run, report in reports
         for name, row in report.rows.items()
     ]
     order = list(dict.fromkeys(row["SAE"] for row in rows))
-    return Comparison(rows=sorted(rows, key=lambda row: order.index(row["SAE"])), facts=facts)
+    return Comparison(sorted(rows, key=lambda row: order.index(row["SAE"])), facts, _tests(reports, order))
+
+
+def _tests(reports: Sequence[tuple[Run, Report]], saes: Sequence[str]) -> list[dict[str, Any]]:
+    """The paired tests between the runs that have sums by dialogue."""
+    found = []
+    for sae in saes:
+        able = [(run, r) for run, r in reports if r.dialogues is not None and sae in r.dialogues.tables]
+        for (run_a, a), (run_b, b) in combinations(able, 2):
+            for figure in PAIRED:
+                test = paired_test(a, b, sae, figure)
+                who = {"SAE": sae, "first": str(run_a.path), "second": str(run_b.path), "figure": figure}
+                values = dict.fromkeys(Paired.__dataclass_fields__) if test is None else asdict(test)
+                found.append(who | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
+    return found
 
 
 def _caption(facts: dict[str, Any]) -> str:
