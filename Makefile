@@ -26,7 +26,9 @@ fix: $(VENV)/.dev ## mend what can be mended by itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.run ## measure this machine: tokens per second of the SAE step, the harvest and the buffer
+bench: $(VENV)/.dev ## measure this machine: deduplication, harvest, buffer and SAE step; peers where they are installed
+	$(BIN)/chatsae bench dedup
+	$(BIN)/chatsae bench harvest
 	$(BIN)/python bench/pipeline.py
 
 docs: $(VENV)/.dev ## regenerate docs/cli.md from --help

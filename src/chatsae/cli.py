@@ -122,12 +122,14 @@ class Compare:
 
 @dataclass
 class Plan:
-    """What recipes would train: passes, SAE names, memory, FLOPs. Loads no weights."""
+    """What recipes would train: passes, SAE names, memory, FLOPs, and the time that takes here. Loads no weights."""
 
     recipes: tyro.conf.Positional[tuple[Path, ...]]
     """YAML files, or run directories."""
     methods: tuple[Method, ...] = ("fast", "bt-f", "bt-p")
     """One pass is planned per recipe and method."""
+    seconds: float = 10
+    """Seconds of measuring on this machine per recipe, which predict the times; 0: no times."""
     json: bool = False
     """Print JSON on stdout in place of the table."""
 
@@ -136,7 +138,7 @@ class Plan:
 
         if not self.recipes:
             raise UserError("plan needs at least one recipe")
-        passes = plan_recipes(self.recipes, self.methods)
+        passes = plan_recipes(self.recipes, self.methods, self.seconds)
         console.result([p.facts() for p in passes] if self.json else plan_table(passes))
 
 
@@ -160,19 +162,30 @@ class Show:
 class Bench:
     """Measure a part of chatsae on this machine, other libraries beside it; exits 1 when a claim does not hold."""
 
-    name: tyro.conf.Positional[Literal["dedup"]]
-    """dedup: the n-gram deduplication, beside the naive algorithm, DuckDB and datatrove (bench/requirements.txt)."""
+    name: tyro.conf.Positional[Literal["dedup", "harvest"]]
+    """dedup: the n-gram deduplication, beside the naive algorithm, DuckDB and datatrove (bench/requirements.txt).
+    harvest: the ways to read activations of random models, beside blocks, naive batches and sae_lens."""
     source: tuple[str, ...] = ("pydocs",)
-    """Dialogues to measure on: sources as data.sources of a recipe has them."""
+    """dedup: dialogues to measure on, sources as data.sources of a recipe has them."""
     size: int = 0
-    """dedup: samples, made of the dialogues and of rewritten copies of them; 0: 20,000, about a minute."""
+    """dedup: samples, made of the dialogues and of rewritten copies of them; 0: 20,000, about a minute.
+    harvest: d_in of the models; 0: 256 (12 M parameters, minutes), on a GPU 896."""
+    median: int = 300
+    """harvest: median length of a dialogue in tokens."""
+    peer: Path | None = None
+    """harvest: Python interpreter that has sae_lens; by default that of `make parity`, if it is there."""
     json: bool = False
     """Print JSON on stdout in place of the tables."""
 
     def __call__(self) -> None:
-        from chatsae.bench.dedup import bench_dedup
+        if self.name == "harvest":
+            from chatsae.bench.harvest import bench_harvest
 
-        result = bench_dedup(self.source, self.size)
+            result = bench_harvest(self.size, median=self.median, peer=self.peer)
+        else:
+            from chatsae.bench.dedup import bench_dedup
+
+            result = bench_dedup(self.source, self.size)
         console.result(result.facts() if self.json else result.table())
         if not result.holds:
             raise SystemExit(1)

@@ -1,6 +1,11 @@
 """Sizes of a model, without weights: the paper's models from a table, so that a plan of them needs no network."""
 
-from chatsae.lm.checkpoint import ModelFacts, model_facts
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig
+
+from chatsae.lm.checkpoint import ModelFacts, locate, model_facts, read_config
 
 # model_type, hidden_size, num_hidden_layers, vocab_size, max_position_embeddings, intermediate_size,
 # num_attention_heads, num_key_value_heads, head_dim, tie_word_embeddings: from the config.json of each.
@@ -15,14 +20,16 @@ _PAPER_MODELS = {
 }
 
 
-def planning_facts(name: str, revision: str | None = None, trust_remote_code: bool = False) -> ModelFacts:
+def planning_facts(
+    name: str, revision: str | None = None, trust_remote_code: bool = False, *, layer_path: str | None = None
+) -> ModelFacts:
     """Like `model_facts`, but the paper's models need no network.
 
     Raises:
         UserError: the configuration of another model cannot be read.
     """
     if name not in _PAPER_MODELS:
-        return model_facts(name, revision, trust_remote_code)
+        return model_facts(name, revision, trust_remote_code, layer_path=layer_path)
     kind, d_in, n_layers, vocab_size, positions, intermediate, heads, kv_heads, head_dim, tied = _PAPER_MODELS[name]
     biases = head_dim * (heads + 2 * kv_heads) if kind == "qwen2" else 0
     block = d_in * head_dim * 2 * (heads + kv_heads) + biases + 3 * d_in * intermediate + 2 * d_in
@@ -37,4 +44,27 @@ def planning_facts(name: str, revision: str | None = None, trust_remote_code: bo
         parameters=embedding * (1 if tied else 2) + n_layers * block + d_in,
         embedding_parameters=embedding,
         block_parameters=(block,) * n_layers,
+    )
+
+
+def planning_config(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a model; of the paper's models the sizes of the table alone, without network.
+
+    Raises:
+        UserError: see `planning_facts`.
+    """
+    if name not in _PAPER_MODELS:
+        return read_config(locate(name, revision, trust_remote_code))
+    kind, d_in, n_layers, vocab_size, positions, intermediate, heads, kv_heads, head_dim, tied = _PAPER_MODELS[name]
+    build: Any = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[kind]
+    return build(
+        hidden_size=d_in,
+        num_hidden_layers=n_layers,
+        vocab_size=vocab_size,
+        max_position_embeddings=positions,
+        intermediate_size=intermediate,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        tie_word_embeddings=tied,
     )

@@ -12,10 +12,16 @@ from chatsae.errors import UserError
 from chatsae.lm.checkpoint import ModelFacts
 from chatsae.lm.facts import planning_facts
 from chatsae.recipe import load_recipe
+from chatsae.training.calibrate import calibrate, duration
+from chatsae.training.timing import ACTIVE, DIALOGUE
 
 _ADAM = 4  # float32 copies of every SAE weight: weight, gradient, two moments
 _SAE_FLOPS = 10  # per weight of W_enc and token: 4 forward, 6 backward; no gradient of x is needed
 _GIB = 2**30
+_TIMED = (
+    f"Times: measured on this machine with random weights, on dialogues of about {DIALOGUE} tokens or on blocks, with "
+    f"{ACTIVE:.0%} of the features active; reading and tokenising are not counted."
+)
 
 
 @dataclass(frozen=True)
@@ -32,24 +38,62 @@ class Pass:
     buffer_bytes: int
     lm_flops: float
     sae_flops: float
+    predicted_seconds: float | None = None
+    predicted_lm_seconds: float | None = None
+    predicted_sae_seconds: float | None = None
+    notes: tuple[str, ...] = ()
+    """Why a time was not predicted, or what it was scaled from."""
 
     def facts(self) -> dict[str, Any]:
         """The pass as JSON."""
         return asdict(self) | {"saes": [spec.name for spec in self.saes]}
 
 
-def plan_recipes(recipes: Sequence[Path], methods: Sequence[Method]) -> list[Pass]:
+def plan_recipes(recipes: Sequence[Path], methods: Sequence[Method], seconds: float = 0) -> list[Pass]:
     """One pass per recipe and method, in that order; a run directory counts as its recipe.
 
+    Args:
+        seconds: of measuring on this machine per recipe, which predict the times of its passes; 0: none are.
+
     Raises:
-        UserError: a recipe or the model's configuration cannot be read.
+        UserError: a recipe or the model's configuration cannot be read, or there is no method.
     """
-    passes = []
+    if not methods:
+        raise UserError("plan needs at least one method")
+    planned: list[tuple[list[Pass], list[RunConfig]]] = []
     for path in recipes:
         config = load_recipe(path / "config.yaml" if path.is_dir() else path)
-        facts = planning_facts(config.model.name, config.model.revision, config.model.trust_remote_code)
-        passes += [plan_pass(path.name, replace(config, data=replace(config.data, method=m)), facts) for m in methods]
-    return passes
+        model = config.model
+        facts = planning_facts(model.name, model.revision, model.trust_remote_code, layer_path=model.layer_path)
+        configs = [replace(config, data=replace(config.data, method=method)) for method in methods]
+        planned.append(([plan_pass(path.name, c, facts) for c in configs], configs))
+    if seconds <= 0:
+        return [p for passes, _ in planned for p in passes]
+    timed = []
+    with console.progress("measure", len(planned)) as advance:
+        for passes, configs in planned:
+            advance(0, passes[0].model)
+            timed += _with_times(passes, configs, seconds)
+            advance(1)
+    return timed
+
+
+def _with_times(passes: Sequence[Pass], configs: Sequence[RunConfig], seconds: float) -> list[Pass]:
+    """The passes of one recipe with their predicted times."""
+    found = calibrate(configs[0], passes[0].saes, seconds, methods=[p.method for p in passes])
+    timed = []
+    for planned, config in zip(passes, configs, strict=True):
+        prediction = found.predict(config)
+        timed.append(
+            replace(
+                planned,
+                predicted_seconds=prediction.seconds,
+                predicted_lm_seconds=prediction.lm_seconds,
+                predicted_sae_seconds=prediction.sae_seconds,
+                notes=found.missing + found.notes,
+            )
+        )
+    return timed
 
 
 def plan_pass(recipe: str, config: RunConfig, facts: ModelFacts) -> Pass:
@@ -85,7 +129,8 @@ def plan_pass(recipe: str, config: RunConfig, facts: ModelFacts) -> Pass:
 
 
 def plan_table(passes: Sequence[Pass]) -> str:
-    """The passes as text, with the names of the SAEs under the table."""
+    """The passes as text; under the table what their times were predicted from, and the names of the SAEs."""
+    timed = any(p.predicted_lm_seconds or p.predicted_sae_seconds or p.notes for p in passes)
     rows = [
         {
             "recipe": p.recipe,
@@ -97,10 +142,22 @@ def plan_table(passes: Sequence[Pass]) -> str:
             "buffer GiB": p.buffer_bytes / _GIB,
             "LM PFLOP": p.lm_flops / 1e15,
             "SAE PFLOP": p.sae_flops / 1e15,
+            **(_times(p) if timed else {}),
         }
         for p in passes
     ]
     total = sum(len(p.saes) for p in passes)
     title = f"{len(passes)} {'pass trains' if len(passes) == 1 else 'passes train'} {total} SAEs"
+    notes = dict.fromkeys(f"{p.recipe}: {note}" for p in passes for note in p.notes)
     names = dict.fromkeys(f"{p.model}: {', '.join(s.name for s in p.saes)}" for p in passes)
-    return "\n".join([console.table(title, [Column(key) for key in rows[0]], rows, group="recipe"), *names])
+    table = console.table(title, [Column(key) for key in rows[0]], rows, group="recipe")
+    return "\n".join([table, *([_TIMED] if timed else []), *notes, *names])
+
+
+def _times(planned: Pass) -> dict[str, str]:
+    named = {
+        "LM time": planned.predicted_lm_seconds,
+        "SAE time": planned.predicted_sae_seconds,
+        "time": planned.predicted_seconds,
+    }
+    return {name: "-" if seconds is None else duration(seconds) for name, seconds in named.items()}

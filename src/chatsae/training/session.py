@@ -1,6 +1,7 @@
 """Train a recipe in a run directory: load, harvest, mix, train, save."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -16,6 +17,7 @@ from chatsae.files import write_json
 from chatsae.lm.load import LanguageModel, load_model
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid
+from chatsae.training.calibrate import duration, predict_run
 from chatsae.training.loop import Summary, make_states, train_states
 from chatsae.training.pipeline import activations, data_facts, harvest_facts
 
@@ -52,6 +54,9 @@ def train_run(config: RunConfig, out: Path) -> Summary:
             sae.to(lm.device)
         console.say(f"{config.model.name} is read {_how(how)}")
         console.say(f"{config.data.method}: {len(saes)} SAEs from one pass of {config.model.name}: {', '.join(saes)}")
+        reading = {"lm": lm, "way": how["way"], "token_budget": how["token_budget"]}
+        step = 0 if checkpoint is None else checkpoint.step
+        predicted, start = predict_run(config, specs, **reading, done=step), time.perf_counter()
         states = make_states(saes, config.train)
         summary = train_states(states, acts, config.train, layers=lm.layers, run=run, checkpoint=checkpoint)
         console.say(_sentence(summary, tally))
@@ -61,11 +66,15 @@ def train_run(config: RunConfig, out: Path) -> Summary:
             )
         if summary.ending == "interrupted":
             return summary
+        took = time.perf_counter() - start
+        if predicted is not None:
+            console.say(f"predicted {duration(predicted)}, took {duration(took)}")
         manifest_sha256 = manifest_digest(facts)
         for name, state in states.items():
             metadata = _metadata(config, state.sae.spec, lm, manifest_sha256)
             state.sae.save(run.path / "saes" / name, metadata=metadata, sparsity=state.firing_frequency())
         about = {"dropped": dict(tally), "harvest": how, "manifest_sha256": manifest_sha256}
+        about |= {"predicted_seconds": predicted, "took_seconds": took}
         write_json(run.path / "summary.json", asdict(summary) | about)
         run.clear_checkpoints()
         return summary

@@ -1,0 +1,114 @@
+"""The process that runs `sae_lens_peer.py`, and the interpreter to run it with."""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from chatsae.errors import UserError
+
+HOW = "no interpreter with sae_lens: `make parity` sets one up in .venv-parity, --peer PATH names another"
+_SCRIPT = Path(__file__).with_name("sae_lens_peer.py")
+_BESIDE = Path(__file__).parents[3] / ".venv-parity" / "bin" / "python"
+
+
+def find_interpreter(asked: Path | None) -> Path | None:
+    """The interpreter asked for, or that of `make parity` beside the sources; None where there is none.
+
+    Raises:
+        UserError: the one asked for is no Python, or has no sae_lens.
+    """
+    if asked is None:
+        return _BESIDE if _BESIDE.is_file() and _problem(_BESIDE) is None else None
+    if not asked.is_file():
+        raise UserError(f"peer: {asked} is no file; a Python interpreter that has sae_lens is expected")
+    problem = _problem(asked)
+    if problem is not None:
+        raise UserError(f"peer: {asked} is no Python interpreter that has sae_lens: {problem}")
+    return asked
+
+
+def _problem(python: Path) -> str | None:
+    """Why this is no interpreter with sae_lens."""
+    command = [str(python), "-I", "-c", "from importlib.metadata import version; print(version('sae-lens'))"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode:
+        return (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()[-1]
+    return None if done.stdout.strip() else "it prints no version"
+
+
+class Peer:
+    """sae_lens on a checkpoint and on named rows of token ids; a context that ends its process.
+
+    Attributes: versions, first (the activations of the first batch of rows by name, padding removed).
+    """
+
+    def __init__(self, python: Path, scratch: Path, rows: Mapping[str, Int[Tensor, "R T"]], job: Mapping[str, Any]):
+        """Start it and wait until its model is loaded.
+
+        Raises:
+            UserError: it failed.
+        """
+        files = {name: str(scratch / f"rows-{i}.safetensors") for i, name in enumerate(rows)}
+        for name, file in files.items():
+            save_file({"tokens": rows[name].contiguous()}, file)
+        sample, written = scratch / "sample.safetensors", scratch / "job.json"
+        whole = {**job, "threads": torch.get_num_threads(), "rows": files, "sample": str(sample)}
+        written.write_text(json.dumps(whole), encoding="utf-8")
+        self._errors = (scratch / "peer.log").open("w+", encoding="utf-8")
+        command = [str(python), "-I", str(_SCRIPT), str(written)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        try:
+            self.versions: dict[str, str] = self._answer()
+            self.first: dict[str, Float[Tensor, "N D"]] = load_file(sample)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Peer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def read(self, name: str, batches: int) -> dict[str, Any]:
+        """Have it read so many more batches of rows: tokens, cpu_s, wall_s.
+
+        Raises:
+            UserError: it failed.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(f"{name} {batches}\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # what it last said is in the answer
+        return self._answer()
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.poll() is None:
+            self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        self._errors.seek(0)
+        last = (self._errors.read().strip() or f"it ended with code {code}").splitlines()[-1]
+        raise UserError(f"bench harvest: sae_lens: {last}")
