@@ -39,7 +39,7 @@ def test_a_saved_state_goes_on_bit_for_bit(architecture, form, fused, cut, tmp_p
     saved = whole.state_dict()
     save_file({k: v for k, v in saved.items() if isinstance(v, torch.Tensor)}, tmp_path / "state.safetensors")
     numbers = {k: v for k, v in saved.items() if isinstance(v, int)}
-    assert numbers.keys() == {"step", "window_tokens"}
+    assert numbers.keys() - {"dense"} == {"step", "window_tokens"}  # dense: with the fast step only
     expected = go(whole, cut, 12)
 
     resumed = fresh(architecture, form, fused=fused)

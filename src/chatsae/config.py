@@ -138,6 +138,8 @@ class TrainConfig:
     """Share of the steps at the end in which the rate falls linearly to zero (64,000 of 320,000)."""
     sparsity_warmup_share: float = 0.03125
     """Share of the steps in which the sparsity coefficient rises from zero (10,000 of 320,000)."""
+    step: Literal["auto", "plain", "fast"] = "auto"
+    """plain: autograd and fused Adam; fast: sparse kernels (a CPU with chatsae[fast]); auto: by measured density."""
     clip_grad_norm: float = 1.0
     """Largest global norm of the gradient of an SAE."""
     dead_feature_window: int = 1000

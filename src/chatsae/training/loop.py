@@ -88,8 +88,12 @@ def train(
 
 
 def make_states(saes: Mapping[str, SAE], config: TrainConfig) -> dict[str, StepState]:
-    """Every SAE with a fresh optimizer."""
-    return {name: make_state(sae, betas=config.adam_betas) for name, sae in saes.items()}
+    """Every SAE with a fresh optimizer.
+
+    Raises:
+        UserError: the fast step is asked for and cannot run here.
+    """
+    return {name: make_state(sae, betas=config.adam_betas, step=config.step) for name, sae in saes.items()}
 
 
 def train_states(
@@ -211,6 +215,7 @@ def _record(
             "sparsity": loss.sparsity.item(),
             "l0": loss.l0.item(),
             "dead_fraction": (state.steps_since_fired > config.dead_feature_window).double().mean().item(),
+            "sparse_step": state.switch is not None and not state.switch.dense,
         }
         if not torch.isfinite(loss.total):
             raise UserError(f"the loss of {name} is {loss.total.item()} at step {step}; a lower sae.lrs may help")
