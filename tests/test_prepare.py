@@ -161,10 +161,13 @@ class _StopError(Exception):
     pass
 
 
-@pytest.mark.parametrize("memory_gb", [0, 5e-6])
-def test_interrupted_anywhere_the_bytes_are_the_same(config, tokenizer, tmp_path, small, monkeypatch, memory_gb):
-    config = replace(config, memory_gb=memory_gb)
-    run(config, tokenizer, tmp_path / "whole")
+@pytest.mark.parametrize(("memory_gb", "max_tokens"), [(0, 0), (5e-6, 0), (0, 6000)])
+def test_interrupted_anywhere_the_bytes_are_the_same(
+    config, tokenizer, tmp_path, small, monkeypatch, memory_gb, max_tokens
+):
+    config = replace(config, memory_gb=memory_gb, block_size=1)
+    whole = run(config, tokenizer, tmp_path / "whole", max_tokens)
+    assert not max_tokens or 6000 < whole.facts["splits"]["train"]["tokens"] < 6100
     real = preparing.Writing.add
     left = 0
 
@@ -179,13 +182,13 @@ def test_interrupted_anywhere_the_bytes_are_the_same(config, tokenizer, tmp_path
     for attempt in range(60):
         left = 1 + attempt % 3
         try:
-            run(config, tokenizer, tmp_path / "cut")
+            run(config, tokenizer, tmp_path / "cut", max_tokens)
             break
         except _StopError:
             assert not (tmp_path / "cut" / "manifest.json").exists()
             with pytest.raises(UserError, match="is not prepared to the end"):
                 Prepared(tmp_path / "cut", tokenizer)
-    assert attempt > 5
+    assert attempt > (1 if max_tokens else 5)
     assert files(tmp_path / "cut") == files(tmp_path / "whole")
 
 
