@@ -108,6 +108,16 @@ def test_a_leak_leaves_one_at_a_time(lm: LanguageModel) -> None:
     assert choose_way(lm).way == "padded"
 
 
+def test_a_model_that_runs_in_no_way_is_an_error(lm: LanguageModel) -> None:
+    def broken(x: Tensor) -> Tensor:
+        raise RuntimeError("no kernel for this")
+
+    with hooked(lm.blocks[0], broken):
+        for prefer in ("auto", "single"):
+            with pytest.raises(UserError, match="cannot be run on a sequence of token ids: RuntimeError: no kernel"):
+                choose_way(lm, prefer)
+
+
 def test_a_leak_into_first_tokens_alone_is_caught(tmp_path: Path) -> None:
     def shift(x: Tensor) -> Tensor:
         return torch.cat([x[:, :1], x[:, 1:] + 0.5 * x[:, :-1]], dim=1)

@@ -11,6 +11,7 @@ import transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from chatsae import console
 from chatsae.batch import Message, TokenBatch
 from chatsae.config import ModelConfig
 from chatsae.errors import UserError
@@ -157,6 +158,8 @@ class LanguageModel:
                 return self._read(cut, config)
             except UserError:
                 pass  # an architecture that cannot be cut: read it whole, stop early
+        if max(self.layers) + 1 < self.n_layers:
+            console.say(f"{self.name}: this architecture is read from disk whole, all {self.n_layers} blocks")
         return self._read(stacks.whole_factory(config), config)
 
     def _read_headed(self, config: PreTrainedConfig) -> Any:

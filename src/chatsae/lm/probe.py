@@ -73,8 +73,12 @@ def isolation(lm: Decoder, way: Way, *, prefix: bool = False) -> tuple[float, fl
     """Median and 90 % quantile of the error of a way, or the reason why the model cannot be read so.
 
     With `prefix` the sequences begin alike, and what they have in common is read from a cache.
+
+    Raises:
+        UserError: the model cannot even be run on one sequence.
     """
     if way == "single":
+        _alone(lm, probe_tokens(lm))
         return 0.0, 0.0
     if prefix and lm.rope_split is not None:
         return "its rotary scheme depends on the longest sequence"
@@ -84,8 +88,8 @@ def isolation(lm: Decoder, way: Way, *, prefix: bool = False) -> tuple[float, fl
     except PackingRefused as error:
         return str(error)
     except FORWARD_ERRORS as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
-    median, p90 = _errors(together, unchecked(lm, tokens, "single"), tokens, _windows(lm))
+        return _first_line(error)
+    median, p90 = _errors(together, _alone(lm, tokens), tokens, _windows(lm))
     if not p90 <= ISOLATION_TOLERANCE[together.dtype]:
         return (
             f"its activations differ by {p90:.2g} from those of one sequence at a time (relative; rounding "
@@ -102,9 +106,10 @@ def isolation_error(lm: Decoder, way: Way = "padded") -> float:
 
     Raises:
         PackingRefused: the way is packed, and the model cannot be read so.
+        UserError: the model cannot even be run on one sequence.
     """
     tokens = probe_tokens(lm)
-    return _errors(unchecked(lm, tokens, way), unchecked(lm, tokens, "single"), tokens, _windows(lm))[1]
+    return _errors(unchecked(lm, tokens, way), _alone(lm, tokens), tokens, _windows(lm))[1]
 
 
 def probe_tokens(lm: Decoder, seed: int = 0, *, prefix: int = 0) -> TokenBatch:
@@ -119,6 +124,17 @@ def probe_tokens(lm: Decoder, seed: int = 0, *, prefix: int = 0) -> TokenBatch:
     head = torch.randint(lm.vocab_size, (prefix,), generator=generator)
     tokens = bare_tokens([torch.cat([head, torch.randint(lm.vocab_size, (n,), generator=generator)]) for n in lengths])
     return replace(tokens, prefix=tokens.position < prefix)
+
+
+def _alone(lm: Decoder, tokens: TokenBatch) -> Float[Tensor, "L N D"]:
+    try:
+        return unchecked(lm, tokens, "single")
+    except FORWARD_ERRORS as error:
+        raise UserError(f"{lm.name} cannot be run on a sequence of token ids: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), 'no message')}"
 
 
 def _windows(lm: Decoder) -> list[int]:
