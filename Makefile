@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench docs tiny-chat results parity fuzz models clean
+.PHONY: help demo test check fix bench docs tiny-chat report-images results parity end-to-end fuzz models synthetic clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,7 +29,9 @@ fix: $(VENV)/.dev ## mend what can be mended by itself
 bench: $(VENV)/.dev ## measure this machine: deduplication, harvest, buffer and SAE step; peers where they are installed
 	$(BIN)/chatsae bench dedup
 	$(BIN)/chatsae bench harvest
+	$(BIN)/chatsae bench eval
 	$(BIN)/python bench/pipeline.py
+	$(BIN)/chatsae bench sae-step
 
 docs: $(VENV)/.dev ## regenerate docs/cli.md from --help
 	$(BIN)/python tools/cli_docs.py
@@ -37,8 +39,18 @@ docs: $(VENV)/.dev ## regenerate docs/cli.md from --help
 tiny-chat: $(VENV)/.run ## rebuild the bundled chat model from nothing (under two hours on two cores)
 	$(BIN)/python tools/tiny_chat.py
 
-results: $(VENV)/.run ## rebuild docs/results.md: three methods, three seeds, a million tokens each
+report-images: $(VENV)/.dev ## redraw docs/img/report-*.png from the demo's page (needs chromium)
+	$(BIN)/chatsae report runs/demo
+	$(BIN)/python tools/report_images.py runs/demo/report.html
+
+results: $(VENV)/.dev ## rebuild docs/results.md: four methods, three seeds, a sweep of coefficients (hours)
 	$(BIN)/python tools/results.py
+
+synthetic: $(VENV)/.dev ## rebuild the tables of docs/synthetic.md: activations whose true features are known (a quarter of an hour)
+	$(BIN)/python tools/synthetic.py
+
+end-to-end: $(VENV)/.dev .venv-parity/.done ## whole trainings beside sae_lens' trainer, for docs/performance.md (an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python tools/end_to_end.py
 
 models: $(VENV)/.dev ## rebuild docs/models.md: a small checkpoint of every family that transformers ships (minutes)
 	$(BIN)/python tools/model_table.py
@@ -50,7 +62,7 @@ parity: .venv-parity/.done ## compare step for step with the installed sae_lens
 	PYTHONPATH=src:tests .venv-parity/bin/python -m pytest -c tests/parity/pytest.ini -p no:cacheprovider tests/parity
 
 clean: ## remove the virtual environments
-	rm -rf $(VENV) .venv-parity
+	rm -rf $(VENV) .venv-parity .venv-peers
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -68,4 +80,10 @@ $(VENV)/.dev: $(VENV)/.run
 .venv-parity/.done: tests/parity/requirements.txt
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet --requirement tests/parity/requirements.txt
+	@touch $@
+
+.venv-peers/.done: tests/parity/requirements.txt bench/sae_step_requirements.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement tests/parity/requirements.txt
+	.venv-peers/bin/python -m pip install --quiet --no-deps --requirement bench/sae_step_requirements.txt --editable .
 	@touch $@

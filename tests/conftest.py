@@ -8,5 +8,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: more threads on
 from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["chatsae.batch", "chatsae.buffer", "chatsae.evals", "chatsae.lm", "chatsae.sae"], "beartype.beartype"
+    [
+        "chatsae.batch",
+        "chatsae.buffer",
+        "chatsae.evals",
+        "chatsae.features",
+        "chatsae.lm",
+        "chatsae.sae",
+        "chatsae.steering",
+    ],
+    "beartype.beartype",
 )

@@ -48,6 +48,7 @@ def test_version(capsys):
         (["compare", "nothing"], "run directory nothing does not exist"),
         (["show", "nothing"], "nothing does not exist"),
         (["plan", "nothing.yaml"], "recipe nothing.yaml does not exist"),
+        (["sweep", "nothing.yaml"], "recipe nothing.yaml does not exist"),
     ],
 )
 def test_what_does_not_exist_is_named(argv, message, capsys):

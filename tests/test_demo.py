@@ -6,8 +6,11 @@ import pytest
 from chatsae.cli import main
 from chatsae.config import RunConfig
 from chatsae.demo.walkthrough import METHODS, RECIPE, demo, verdict
+from chatsae.page.data import Wanted
 from chatsae.recipe import load_recipe
 from chatsae.sae.base import SAE
+
+PAGE = Wanted(features=4, contexts=5, dialogues=12)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +22,7 @@ def out(tmp_path_factory) -> Path:
         assert text.count(old) == 1, old
         text = text.replace(old, new)
     (root / "short.yaml").write_text(text, encoding="utf-8")
-    demo(root / "out", root / "short.yaml")
+    demo(root / "out", root / "short.yaml", PAGE)
     return root / "out"
 
 
@@ -49,12 +52,19 @@ def test_every_method_and_architecture_has_a_row_and_files(out):
 
 def test_a_second_demo_in_the_same_directory_only_shows_the_table(out, capsys):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")}
-    demo(out, out.parent / "short.yaml")
+    demo(out, out.parent / "short.yaml", PAGE)
     printed = capsys.readouterr()
     assert "already trained" in printed.err
     assert {p: p.stat().st_mtime_ns for p in out.rglob("*.safetensors")} == before
     assert "mse_st" in printed.out
     assert "chatsae train recipes/qwen2.5-0.5b.yaml" in printed.err
+
+
+def test_it_ends_with_a_page_that_opens_offline(out):
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "default-src 'none'" in page
+    assert page.count("<script") >= 1
+    assert [p.parent.name for p in sorted(out.glob("*/features"))] == ["bt-f", "bt-p", "fast"]
 
 
 def test_another_recipe_does_not_overwrite_it(out, capsys):
@@ -77,7 +87,8 @@ def test_show_explains_the_demo_a_run_and_an_sae(out, capsys):
 def test_eval_and_compare_print_json(out, capsys):
     assert main(["eval", str(out / "fast"), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
-    assert set(report) == {"facts", "saes"}
+    assert report == json.loads((out / "fast" / "report.json").read_text(encoding="utf-8"))
+    assert set(report) == {"schema", "facts", "saes"}
     assert main(["compare", str(out / "fast"), str(out / "bt-f"), "--json"]) == 0
     assert {r["method"] for r in json.loads(capsys.readouterr().out)["rows"]} == {"fast", "bt-f"}
 

@@ -167,6 +167,7 @@ def test_reports_are_saved_compared_and_refused_when_they_do_not_match(tmp_path,
         "facts": comparison.facts,
         "rows": comparison.rows,
         "paired": comparison.paired,
+        "paper": [],
     }
 
     evaluate({"sae": sae}, lm, dialogues(3)).save(runs[1].path / "report.json")

@@ -17,8 +17,8 @@ from chatsae.evals.figures import COLUMNS, dialogue_table, ratios, sae_row
 from chatsae.evals.groups import NAMES, PARTITIONS, SPECIAL, VARIANTS, WHOLE, membership, turns
 from chatsae.evals.loss import Predictions
 from chatsae.evals.reconstruction import TOKEN_SUMS, Labelled, Reconstruction, Stream
-from chatsae.evals.statistics import ratio
 from chatsae.lm.harvest import bare_tokens
+from chatsae.statistics import ratio
 
 SPECIAL_ID = 7
 

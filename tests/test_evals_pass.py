@@ -16,7 +16,7 @@ from chatsae.evals.evaluate import evaluate, evaluate_tokens
 from chatsae.evals.loss import constant_losses
 from chatsae.evals.report import Report, paired_test
 from chatsae.evals.resume import Trunk
-from chatsae.evals.schema import report_schema
+from chatsae.evals.schema import VERSION, report_schema
 from chatsae.lm.harvest import isolation_error
 from chatsae.lm.load import LanguageModel
 from chatsae.lm.tap import splice
@@ -462,8 +462,8 @@ def test_older_and_later_reports(tmp_path: Path) -> None:
     assert report.rows == old["saes"]
     assert report.dialogues is None
     assert "1 (0)" in report.table()
-    path.write_text(json.dumps(old | {"schema": 2}))
-    with pytest.raises(UserError, match="schema is 2; this chatsae reads up to 1"):
+    path.write_text(json.dumps(old | {"schema": VERSION + 1}))
+    with pytest.raises(UserError, match=f"schema is {VERSION + 1}; this chatsae reads up to {VERSION}"):
         Report.load(path)
 
 

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from chatsae.evals.statistics import bootstrap, paired, ratio, wilson
+from chatsae.statistics import bootstrap, paired, ratio, wilson
 
 
 def ratio_of(rng: np.random.Generator, n: int, effect: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

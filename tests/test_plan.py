@@ -188,7 +188,10 @@ def test_harvested_is_what_the_buffer_reads(batch_size, over, steps):
     config = RunConfig(buffer=BufferConfig(capacity=capacity), train=TrainConfig(batch_size=batch_size))
     one = random_tokens([1])
     mixer = mix(
-        (ActivationBatch(torch.zeros(1, 1, 2), one) for _ in range(10**6)), capacity=capacity, batch_size=batch_size
+        (ActivationBatch(torch.zeros(1, 1, 2), one) for _ in range(10**6)),
+        capacity=capacity,
+        batch_size=batch_size,
+        needed=steps * batch_size,
     )
     for _ in range(steps):
         next(mixer)

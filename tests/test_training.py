@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from chatsae.batch import Dialogue, Message
 from chatsae.cli import main
 from chatsae.config import DataConfig, RunConfig, sae_specs
 from chatsae.errors import UserError
+from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel, load_tokenizer
 from chatsae.recipe import load_recipe
 from chatsae.runs import Checkpoint, Run
@@ -135,12 +137,14 @@ def test_the_loop_equals_the_obvious_one(world):
         assert all(torch.equal(ours[k], value) for k, value in twin.named_parameters()), name
 
 
-def test_a_loss_that_is_not_finite_names_the_sae_and_the_step(world):
+@pytest.mark.parametrize(("kind", "step"), [("plain", 5), ("fast", 1)])  # autograd's losses are looked at in log lines
+def test_a_loss_that_is_not_finite_names_the_sae_and_the_step(world, kind, step):
     config = config_of(world)
+    config = replace(config, train=replace(config.train, step=kind))
     _, saes, acts = start(config)
     with torch.no_grad():
         saes["L2-2x-standard"].W_enc.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"the loss of L2-2x-standard is nan at step 5"):
+    with pytest.raises(UserError, match=rf"the loss of L2-2x-standard is nan at step {step}"):
         train(saes, acts, config.train)
 
 
@@ -214,8 +218,12 @@ def test_dialogues_are_deduplicated_unless_told_otherwise(world, tmp_path):
     assert counts[0] > 20
 
 
-def test_stopped_and_resumed_equals_uninterrupted_in_every_tensor(world, tmp_path):
-    """Weights, moments, counts, buffer, generator: all of the state, not only what is saved at the end."""
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_stopped_and_resumed_equals_uninterrupted_in_every_tensor(world, tmp_path, overlap, monkeypatch):
+    """Weights, moments, counts, buffer, generator: all of the state, not only what is saved at the end.
+
+    The uninterrupted run reads its model between steps; the other one may do so in a thread, both at random speeds.
+    """
     config = config_of(world)
     _, saes, acts = start(config)
     states = []
@@ -229,6 +237,9 @@ def test_stopped_and_resumed_equals_uninterrupted_in_every_tensor(world, tmp_pat
     recorder.close()
     uninterrupted = {s["sae/L0-2x-standard/step"]: s for s in states}
 
+    config = replace(config, harvest=replace(config.harvest, overlap=overlap))
+    if overlap == "on":
+        stumble(monkeypatch)
     run = Run.open(tmp_path / "parts", config)
     for until in (21, 49, 119):
         before = run.load_checkpoint()
@@ -243,6 +254,7 @@ def test_stopped_and_resumed_equals_uninterrupted_in_every_tensor(world, tmp_pat
         part = Stop(run.path, config)
         with pytest.raises(KeyboardInterrupt):
             train_states(make_states(saes, config.train), acts, config.train, run=part, checkpoint=before)
+        acts.close()
         checkpoint = run.load_checkpoint()
         assert checkpoint is not None
         assert checkpoint.step == until
@@ -254,14 +266,74 @@ def test_stopped_and_resumed_equals_uninterrupted_in_every_tensor(world, tmp_pat
     run.close()
 
 
-def command(world: Path, out: Path) -> list[str]:
-    return [sys.executable, "-m", "chatsae.cli", "train", str(world / "recipe.yaml"), "--out", str(out)]
+def stumble(monkeypatch) -> None:
+    """Random delays in the model and in the steps."""
+    rng = random.Random(time.time_ns())
+
+    def slowed(real):
+        def slow(*args, **options):
+            time.sleep(max(rng.random() - 0.7, 0.0) * 1e-2)
+            return real(*args, **options)
+
+        return slow
+
+    monkeypatch.setattr(loop, "train_step", slowed(loop.train_step))
+    monkeypatch.setattr(Harvest, "__next__", slowed(Harvest.__next__))
+
+
+def harvest_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "chatsae-harvest-ahead"]
+
+
+def test_a_run_that_reads_ahead_is_the_same_run(world, tmp_path, monkeypatch):
+    """Weights, metrics and what was left out; and no thread stays behind."""
+    config = config_of(world)
+    config = replace(
+        config, data=replace(config.data, epochs=2, max_length=20), train=replace(config.train, tokens=3000)
+    )
+    summaries = {}
+    for overlap in ("off", "on"):
+        if overlap == "on":
+            stumble(monkeypatch)
+        train_run(replace(config, harvest=replace(config.harvest, overlap=overlap)), tmp_path / overlap)
+        summaries[overlap] = json.loads((tmp_path / overlap / "summary.json").read_text())
+        assert not harvest_threads()
+    assert summaries["on"]["dropped"] == summaries["off"]["dropped"] != {}
+    assert summaries["on"]["steps"] == summaries["off"]["steps"] == 60
+    on, off = (Run.read(tmp_path / name).metrics() for name in ("on", "off"))
+    assert [(r["step"], r["saes"]) for r in on] == [(r["step"], r["saes"]) for r in off]
+    for file in sorted((tmp_path / "off" / "saes").rglob("*.safetensors")):
+        other = load_file(tmp_path / "on" / file.relative_to(tmp_path / "off"))
+        assert all(torch.equal(value, other[key]) for key, value in load_file(file).items()), file
+
+
+def test_an_error_of_the_model_ends_a_run_that_reads_ahead(world, tmp_path, monkeypatch):
+    config = config_of(world)
+    real, calls = Harvest.__next__, 0
+
+    def fails(harvest):
+        nonlocal calls
+        calls += 1
+        if calls > 12:  # the buffer is full by then
+            raise RuntimeError("the model is gone")
+        return real(harvest)
+
+    monkeypatch.setattr(Harvest, "__next__", fails)
+    with pytest.raises(RuntimeError, match="the model is gone") as caught:
+        train_run(replace(config, harvest=replace(config.harvest, overlap="on")), tmp_path)
+    assert "fails" in [entry.name for entry in caught.traceback]
+    assert not harvest_threads()
+
+
+def command(world: Path, out: Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "chatsae.cli", "train", str(world / "recipe.yaml"), "--out", str(out), *flags]
 
 
 def test_kill_9_at_a_random_step_then_resume_gives_the_same_bits(world, tmp_path):
     train_run(config_of(world), tmp_path / "whole")
     step = random.Random(time.time_ns()).randrange(10, 100)
-    process = subprocess.Popen(command(world, tmp_path / "killed"), stderr=subprocess.PIPE)
+    killed = command(world, tmp_path / "killed", "--harvest.overlap", "on")
+    process = subprocess.Popen(killed, stderr=subprocess.PIPE)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     while process.poll() is None:
         lines = metrics.read_text().splitlines() if metrics.exists() else []
@@ -272,7 +344,7 @@ def test_kill_9_at_a_random_step_then_resume_gives_the_same_bits(world, tmp_path
     process.communicate()
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "summary.json").exists()
-    done = subprocess.run(command(world, tmp_path / "killed"), capture_output=True, text=True)
+    done = subprocess.run(killed, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for file in sorted((tmp_path / "whole" / "saes").rglob("*.safetensors")):
         other = load_file(tmp_path / "killed" / file.relative_to(tmp_path / "whole"))
@@ -302,10 +374,10 @@ def test_a_damaged_summary_is_named(world, tmp_path):
         train_run(config_of(world), tmp_path)
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path):
-    process = subprocess.Popen(
-        [*command(world, tmp_path / "run"), "--train.tokens", "60000000"], stderr=subprocess.PIPE, text=True
-    )
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path, overlap):
+    flags = ["--train.tokens", "60000000", "--harvest.overlap", overlap]
+    process = subprocess.Popen(command(world, tmp_path / "run", *flags), stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
         time.sleep(0.01)
@@ -395,6 +467,7 @@ def test_a_model_without_a_chat_template_trains_on_text_and_is_refused_for_dialo
         (["--data.sources", "/no/such/file.jsonl"], "/no/such/file.jsonl"),
         (["--train.tokens", "10"], "train.tokens is 10, less than one batch"),
         (["--buffer.capacity", "60"], "capacity"),
+        (["--buffer.device", "cuda", "--model.device", "cpu"], "buffer.device: cuda given, but the activations"),
         (["--train.lr-warmup-share", "2"], "lr_warmup_share must be between 0 and 1"),
         (["--harvest.pool", "0"], "harvest.pool must be at least 1"),
         (["--data.method", "bt-p"], "text"),

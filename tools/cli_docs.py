@@ -6,7 +6,24 @@ import sys
 from pathlib import Path
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
-VERBS = ("", "demo", "prepare", "train", "eval", "compare", "plan", "show", "bench")
+VERBS = (
+    "",
+    "demo",
+    "prepare",
+    "train",
+    "eval",
+    "compare",
+    "sweep",
+    "plan",
+    "features",
+    "judge",
+    "export",
+    "report",
+    "steer",
+    "tokens",
+    "show",
+    "bench",
+)
 
 
 def page() -> str:

@@ -11,6 +11,7 @@ _HOME = {
     "DataConfig": "chatsae.config",
     "Dialogue": "chatsae.batch",
     "Document": "chatsae.batch",
+    "FeatureStore": "chatsae.features.store",
     "LanguageModel": "chatsae.lm.load",
     "Message": "chatsae.batch",
     "ModelConfig": "chatsae.config",
@@ -22,6 +23,7 @@ _HOME = {
     "TrainConfig": "chatsae.config",
     "UserError": "chatsae.errors",
     "compare": "chatsae.evals.report",
+    "contexts": "chatsae.features.build",
     "dedup": "chatsae.data.dedup",
     "evaluate": "chatsae.evals.evaluate",
     "grid": "chatsae.sae.grid",
@@ -30,6 +32,7 @@ _HOME = {
     "read": "chatsae.data.reading",
     "read_text": "chatsae.data.reading",
     "render": "chatsae.data.render",
+    "steer": "chatsae.steering.attach",
     "train": "chatsae.training.loop",
     "train_run": "chatsae.training.session",
 }
@@ -44,10 +47,13 @@ if TYPE_CHECKING:
     from chatsae.errors import UserError
     from chatsae.evals.evaluate import evaluate
     from chatsae.evals.report import Report, compare
+    from chatsae.features.build import contexts
+    from chatsae.features.store import FeatureStore
     from chatsae.lm.load import LanguageModel
     from chatsae.recipe import load_recipe
     from chatsae.sae.base import SAE
     from chatsae.sae.grid import grid
+    from chatsae.steering.attach import steer
     from chatsae.training.loop import train
     from chatsae.training.session import train_run
 
@@ -56,6 +62,7 @@ __all__ = [  # noqa: RUF022  # plain alphabetical order
     "DataConfig",
     "Dialogue",
     "Document",
+    "FeatureStore",
     "LanguageModel",
     "Message",
     "ModelConfig",
@@ -67,6 +74,7 @@ __all__ = [  # noqa: RUF022  # plain alphabetical order
     "TrainConfig",
     "UserError",
     "compare",
+    "contexts",
     "dedup",
     "evaluate",
     "grid",
@@ -75,6 +83,7 @@ __all__ = [  # noqa: RUF022  # plain alphabetical order
     "read",
     "read_text",
     "render",
+    "steer",
     "train",
     "train_run",
 ]

@@ -2,13 +2,14 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
 import tyro
 
 from chatsae import console
+from chatsae.cli_features import Export, Features, Judge, Report, Steer, Tokens
 from chatsae.config import Method, RunConfig
 from chatsae.errors import UserError
 from chatsae.recipe import load_recipe
@@ -84,17 +85,36 @@ class Eval:
     """Evaluate the SAEs of a run on held-out dialogues, each fed whole; writes report.json."""
 
     run: tyro.conf.Positional[Path]
-    """Run directory."""
+    """Run directory, or a directory of runs (a demo), each of which is evaluated."""
     dialogues: int | None = None
     """Held-out dialogues; by default eval.dialogues of the run."""
+    sources: tuple[str, ...] = ()
+    """Other corpora to evaluate on, as data.sources has them; dialogues that were trained on are refused."""
+    allow_overlap: bool = False
+    """Evaluate on other corpora even if some of their dialogues were trained on; report.json counts them."""
+    control: tuple[Literal["random-sae", "pca"], ...] = ()
+    """Also judge what an SAE has to beat, at its L0: random directions, principal components. A model with random
+    weights is a run of its own: chatsae train RECIPE --model.random-weights SEED."""
     json: bool = False
-    """Print JSON on stdout in place of the table."""
+    """Print report.json on stdout in place of the table (of several runs, by their path)."""
 
     def __call__(self) -> None:
-        from chatsae.evals.session import evaluate_run
+        from chatsae.evals.session import evaluate_runs
 
-        report = evaluate_run(self.run, dialogues=self.dialogues)
-        console.result({"facts": report.facts, "saes": report.rows} if self.json else report.table())
+        reports = evaluate_runs(
+            self.run,
+            dialogues=self.dialogues,
+            sources=self.sources,
+            allow_overlap=self.allow_overlap,
+            controls=self.control,
+        )
+        if list(reports) == [self.run]:
+            report = reports[self.run]
+            console.result(report.facts_json() if self.json else report.table())
+        elif self.json:
+            console.result({"runs": {str(path): report.facts_json() for path, report in reports.items()}})
+        else:
+            console.result("\n\n".join(f"{path}\n{report.table()}" for path, report in reports.items()))
 
 
 @dataclass
@@ -103,21 +123,56 @@ class Compare:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories."""
+    matched_l0: tuple[float, ...] | None = None
+    """Also read every method off at these L0 values, between its SAEs; without a value, at five that they share."""
+    figure: Path | None = None
+    """Also draw MSE and Delta Loss over L0: a .png or .svg file, or without a suffix both (needs chatsae[figures])."""
+    paper: str | None = None
+    """Model of the paper whose rows are shown, where the runs' model has another name (a local copy, say)."""
     out: Path | None = None
-    """Also write the rows to this JSON file."""
+    """Also write what --json prints to this file."""
     json: bool = False
-    """Print JSON on stdout in place of the table."""
+    """Print JSON on stdout in place of the tables."""
 
     def __call__(self) -> None:
-        from chatsae.evals.report import compare
-        from chatsae.runs import Run
+        from chatsae.evals.comparing import compare_runs
 
         if not self.runs:
             raise UserError("compare needs at least one run directory")
-        comparison = compare([Run.read(path) for path in self.runs])
-        if self.out is not None:
-            comparison.save(self.out)
-        console.result({"facts": comparison.facts, "rows": comparison.rows} if self.json else comparison.table())
+        facts, text = compare_runs(self.runs, paper=self.paper, l0s=self.matched_l0, figure=self.figure, out=self.out)
+        console.result(facts if self.json else text)
+
+
+@dataclass
+class Sweep:
+    """Train a sweep of sparsity coefficients per method, one pass each, and compare the methods at equal L0.
+
+    A coefficient of the recipe becomes a geometric grid around it; several in the recipe or on the command line are
+    taken as they are. Runs go to OUT/METHOD; what is trained or evaluated already is not done again.
+    """
+
+    recipe: tyro.conf.Positional[Path]
+    """YAML file; every field below can be set in it and overridden by a flag. Its method is ignored."""
+    out: Path | None = None
+    """Directory of the runs, compare.json, matched.json and pareto.png; by default runs/NAME-sweep."""
+    methods: tuple[Method, ...] = ("fast", "bt-f", "bt-p")
+    """Methods to train, one pass of the language model each."""
+    points: int = 5
+    """Coefficients per architecture."""
+    span: float = 4.0
+    """The grid goes from the recipe's coefficient / SPAN to coefficient x SPAN."""
+    matched_l0: tuple[float, ...] = ()
+    """L0 values to compare at; by default five that most methods share."""
+    json: bool = False
+    """Print JSON on stdout in place of the tables."""
+    config: _Flat = field(default_factory=RunConfig)
+
+    def __call__(self) -> None:
+        from chatsae.sweep import sweep
+
+        out = self.out or Path("runs") / f"{self.recipe.stem}-sweep"
+        done = sweep(self.config, out, methods=self.methods, points=self.points, span=self.span, l0s=self.matched_l0)
+        console.result(done.facts() if self.json else done.text())
 
 
 @dataclass
@@ -162,18 +217,42 @@ class Show:
 class Bench:
     """Measure a part of chatsae on this machine, other libraries beside it; exits 1 when a claim does not hold."""
 
-    name: tyro.conf.Positional[Literal["dedup", "harvest"]]
+    name: tyro.conf.Positional[Literal["dedup", "harvest", "sae-step", "buffer", "overlap", "eval"]]
     """dedup: the n-gram deduplication, beside the naive algorithm, DuckDB and datatrove (bench/requirements.txt).
-    harvest: the ways to read activations of random models, beside blocks, naive batches and sae_lens."""
+    harvest: the ways to read activations of random models, beside blocks, naive batches and sae_lens.
+    sae-step: a training step at a given L0, beside sae_lens, dictionary_learning, sparsify and plain PyTorch.
+    buffer: the mixing buffer, beside one copy of the same bytes and a buffer that is shuffled whole.
+    overlap: the demo's training, the model read between steps or ahead in a thread.
+    eval: 1, 4 and 16 SAEs of a layer in one pass, beside whole forwards and sae_lens' run_evals."""
     source: tuple[str, ...] = ("pydocs",)
     """dedup: dialogues to measure on, sources as data.sources of a recipe has them."""
     size: int = 0
     """dedup: samples, made of the dialogues and of rewritten copies of them; 0: 20,000, about a minute.
-    harvest: d_in of the models; 0: 256 (12 M parameters, minutes), on a GPU 896."""
+    harvest, eval: d_in of the models; 0: 256 (12 M parameters, minutes), on a GPU 896 (harvest).
+    buffer: d_in of the activations; 0: 256, 896 and 3584.
+    overlap: steps of each part; 0: 300."""
+    recipe: Path | None = None
+    """overlap: recipe to train in place of the demo's; its number of tokens is ignored."""
     median: int = 300
     """harvest: median length of a dialogue in tokens."""
     peer: Path | None = None
-    """harvest: Python interpreter that has sae_lens; by default that of `make parity`, if it is there."""
+    """harvest, eval: Python interpreter that has sae_lens; by default that of `make parity`, if it is there.
+    sae-step: one that has the peers (and numba); by default that of `.venv-peers`, if it is there."""
+    full: bool = False
+    """sae-step: every size, batch size and L0 (hours), in place of a few that take some minutes."""
+    architectures: tuple[str, ...] = ()
+    """sae-step: standard, jumprelu. This and the next four give every combination; of what is not given, both
+    architectures, d_in 256, 8x, 128 tokens, L0 64."""
+    d_in: tuple[int, ...] = ()
+    """sae-step: dimensions of the activations."""
+    expansion_factors: tuple[int, ...] = ()
+    """sae-step: d_sae / d_in."""
+    batch_sizes: tuple[int, ...] = ()
+    """sae-step: tokens per step."""
+    l0: tuple[str, ...] = ()
+    """sae-step: features that are active on a token, or dense: half of all."""
+    rounds: int = 0
+    """sae-step: turns that everyone gets in each case; 0: 9, with --full 5."""
     json: bool = False
     """Print JSON on stdout in place of the tables."""
 
@@ -182,6 +261,24 @@ class Bench:
             from chatsae.bench.harvest import bench_harvest
 
             result = bench_harvest(self.size, median=self.median, peer=self.peer)
+        elif self.name == "eval":
+            from chatsae.bench.evals import bench_eval
+
+            result = bench_eval(self.size, peer=self.peer)
+        elif self.name == "sae-step":
+            from chatsae.bench.sae_step import bench_sae_step
+            from chatsae.bench.step_cases import Matrix
+
+            matrix = Matrix(**{each.name: getattr(self, each.name) for each in fields(Matrix)})
+            result = bench_sae_step(matrix, peer=self.peer)
+        elif self.name == "buffer":
+            from chatsae.bench.buffer import bench_buffer
+
+            result = bench_buffer(self.size)
+        elif self.name == "overlap":
+            from chatsae.bench.overlap import bench_overlap
+
+            result = bench_overlap(load_recipe(self.recipe) if self.recipe else None, steps=self.size)
         else:
             from chatsae.bench.dedup import bench_dedup
 
@@ -197,11 +294,18 @@ _VERBS = {
     "train": Train,
     "eval": Eval,
     "compare": Compare,
+    "sweep": Sweep,
     "plan": Plan,
+    "features": Features,
+    "judge": Judge,
+    "export": Export,
+    "report": Report,
+    "steer": Steer,
+    "tokens": Tokens,
     "show": Show,
     "bench": Bench,
 }
-_WITH_RECIPE = {"prepare": Prepare, "train": Train}
+_WITH_RECIPE = {"prepare": Prepare, "train": Train, "sweep": Sweep}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,6 +9,7 @@ Architecture = Literal["standard", "jumprelu"]
 Form = Literal["paper", "v6"]
 Method = Literal["fast", "bt-f", "bt-f-isolated", "bt-p"]
 Way = Literal["padded", "packed", "single"]
+Precision = Literal["float32", "tf32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,6 +32,8 @@ class ModelConfig:
     """Module path of the list of blocks, for an architecture in which it is not found (docs/models.md)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    random_weights: int | None = None
+    """Seed of random weights in place of the model's own, each tensor of its mean and variance: a control."""
     trust_remote_code: bool = False
     """Run code that comes with a hub model. Leave it off unless you have read that code."""
 
@@ -84,6 +87,8 @@ class HarvestConfig:
     """Compute the tokens that the template puts before every dialogue once; auto: on a CPU, where it is exact."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A dialogue with NaN or infinite activations stops the run, or is left out and counted."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Read ahead in a thread while the SAEs train, to the same results; auto: where that is known to be faster."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +96,9 @@ class BufferConfig:
     """The mixing buffer."""
 
     capacity: int = 500_000
-    """Activations held; half of them are served, in random order, before the buffer is refilled."""
+    """Activations held; a random half is served and replaced meanwhile, then the next half is drawn."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where they are held; auto: with the model, or on the CPU if they would take over half of a GPU's free memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,6 +147,8 @@ class TrainConfig:
     """Share of the steps in which the sparsity coefficient rises from zero (10,000 of 320,000)."""
     step: Literal["auto", "plain", "fast"] = "auto"
     """plain: autograd and fused Adam; fast: sparse kernels (a CPU with chatsae[fast]); auto: by measured density."""
+    encoder_precision: Precision = "float32"
+    """Of the encoder's product on a GPU (chatsae[gpu]); tf32 and bf16 are faster and round its inputs."""
     clip_grad_norm: float = 1.0
     """Largest global norm of the gradient of an SAE."""
     dead_feature_window: int = 1000
@@ -148,6 +157,8 @@ class TrainConfig:
     """Seeds initial weights, data order and the buffer."""
     log_every: int = 100
     """Steps between lines of metrics.jsonl."""
+    gsnr: bool = True
+    """Measure the signal-to-noise ratio of each SAE's gradient for lines of metrics.jsonl, at most every 100 steps."""
     checkpoint_every: int = 5000
     """Steps between checkpoints."""
 

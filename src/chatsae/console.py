@@ -132,28 +132,33 @@ def table(
     rows: Sequence[Mapping[str, Any]],
     *,
     group: str | None = None,
+    unranked: str | None = None,
     caption: str | None = None,
 ) -> str:
-    """A text table, a rule between rows with different `group`, the best value of each group marked with a star."""
+    """A text table, a rule between rows with different `group`, the best value of each group marked with a star.
+
+    Rows that are true under the key `unranked` are shown, but neither marked nor compared with.
+    """
     grid = rich.table.Table(
         title=title, caption=caption, title_justify="left", caption_justify="left", header_style="bold"
     )
     for column in columns:
         words = any(isinstance(row.get(column.key), str) for row in rows)
         grid.add_column(column.header or column.key, justify="left" if words else "right", no_wrap=True)
+    ranked = [row for row in rows if unranked is None or not row.get(unranked)]
     for before, row in zip([None, *rows], rows, strict=False):
         if group and before is not None and before.get(group) != row.get(group):
             grid.add_section()
-        peers = [other for other in rows if group is None or other.get(group) == row.get(group)]
+        peers = [other for other in ranked if group is None or other.get(group) == row.get(group)]
         grid.add_row(*(c.cell(row) + ("*" if _is_best(c, row, peers) else "") for c in columns))
-    console = Console(width=_WIDTH, highlight=False, color_system=None)
+    console = Console(width=_WIDTH, highlight=False, color_system=None, markup=False)
     with console.capture() as capture:
         console.print(grid)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
 def _is_best(column: Column, row: Mapping[str, Any], peers: Sequence[Mapping[str, Any]]) -> bool:
-    if column.best is None or len(peers) < 2 or row.get(column.key) is None:
+    if column.best is None or len(peers) < 2 or row.get(column.key) is None or not any(row is peer for peer in peers):
         return False
     values = [peer[column.key] for peer in peers if peer.get(column.key) is not None]
     return row[column.key] == (min if column.best == "min" else max)(values)

@@ -12,6 +12,8 @@ from chatsae import console
 from chatsae.config import Method, RunConfig
 from chatsae.evals.report import Comparison, compare
 from chatsae.evals.session import evaluate_run
+from chatsae.page.data import Wanted
+from chatsae.page.write import report, summary
 from chatsae.recipe import load_recipe
 from chatsae.runs import Run
 from chatsae.training.session import train_run
@@ -20,8 +22,10 @@ RECIPE = Path(__file__).with_name("recipe.yaml")
 METHODS: tuple[Method, ...] = ("bt-p", "bt-f", "fast")
 
 
-def demo(out: Path, recipe: Path | None = None) -> Comparison:
-    """Train and evaluate one run per method under `out`; prints the table and writes compare.json.
+def demo(out: Path, recipe: Path | None = None, wanted: Wanted | None = None) -> Comparison:
+    """Train and evaluate one run per method under `out`; prints the table, writes compare.json and a page, report.html.
+
+    `wanted` is what the page shows of the features.
 
     Raises:
         UserError: see `train_run` and `evaluate_run`.
@@ -31,8 +35,7 @@ def demo(out: Path, recipe: Path | None = None) -> Comparison:
     config = load_recipe(recipe or RECIPE)
     console.say(_plan(config))
     for method in METHODS:
-        summary = train_run(for_method(config, method), out / method)
-        if summary.ending == "interrupted":
+        if train_run(for_method(config, method), out / method).ending == "interrupted":
             raise KeyboardInterrupt
         if not (out / method / "report.json").exists():
             evaluate_run(out / method)
@@ -40,6 +43,9 @@ def demo(out: Path, recipe: Path | None = None) -> Comparison:
     comparison.save(out / "compare.json")
     console.result(comparison.table())
     console.result(verdict(comparison.rows))
+    console.say("What the features respond to, and their scores:")
+    page = report([out / method for method in METHODS], out / "report.html", wanted)
+    console.say(summary(page))
     console.say(_next_steps(out, time.monotonic() - start))
     return comparison
 
@@ -85,10 +91,11 @@ def _plan(config: RunConfig) -> str:
 def _next_steps(out: Path, seconds: float) -> str:
     command = "chatsae" if shutil.which("chatsae") else os.path.relpath(Path(sys.executable).parent / "chatsae")
     return f"""
-Done in {seconds / 60:.1f} minutes. Everything is in {out}: compare.json, and per method config.yaml, metrics.jsonl,
-report.json and saes/ (each SAE loads in sae_lens too).
+Done in {seconds / 60:.1f} minutes. Everything is in {out}: report.html to look at, compare.json, and per method
+config.yaml, metrics.jsonl, report.json and saes/ (each SAE loads in sae_lens too).
 
 Next:
+  open {out / "report.html"} in a browser
   {command} show {out}
   {command} plan recipes/qwen2.5-0.5b.yaml
   {command} train recipes/qwen2.5-0.5b.yaml --data.method fast     # downloads Qwen2.5-0.5B-Instruct and the chat data

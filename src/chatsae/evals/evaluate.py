@@ -3,8 +3,9 @@
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,12 +16,15 @@ from chatsae.batch import Dialogue, Role, TokenBatch
 from chatsae.data.render import render
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
+from chatsae.evals import sample
+from chatsae.evals.controls import Controls
 from chatsae.evals.figures import ABLATIONS, Table, add_intervals, dialogue_table, sae_row
 from chatsae.evals.groups import NAMES, SPECIAL, VARIANTS, WHOLE
 from chatsae.evals.loss import LOSS_SUMS, constant_losses, token_losses
 from chatsae.evals.reconstruction import TOKEN_SUMS, Labelled, Reconstruction, Stream, per_dialogue
 from chatsae.evals.report import DialogueSums, Report
 from chatsae.evals.resume import Trunk, tolerance
+from chatsae.evals.sample import TokenSample, gsnr_figures
 from chatsae.lm.forward import Broken, check_tokens
 from chatsae.lm.harvest import isolation_error, plan
 from chatsae.lm.load import LanguageModel
@@ -42,6 +46,7 @@ def evaluate(
     resamples: int = 1000,
     seed: int = 0,
     shortcuts: bool = True,
+    gsnr: bool = True,
 ) -> Report:
     """The metrics of `evaluate_tokens` on the first `limit` dialogues, each cut at `max_length` tokens.
 
@@ -59,6 +64,7 @@ def evaluate(
         resamples=resamples,
         seed=seed,
         shortcuts=shortcuts,
+        gsnr=gsnr,
     )
 
 
@@ -74,12 +80,15 @@ def evaluate_tokens(
     resamples: int = 1000,
     seed: int = 0,
     shortcuts: bool = True,
+    gsnr: bool = True,
+    controls: Controls | None = None,
 ) -> Report:
     """Every figure of `chatsae.evals.schema` for every SAE, by group, with 95 % intervals over dialogues.
 
     The model runs once as it is, for all layers, and once more per SAE from its layer on, with the reconstruction in
     place of the residual stream. Ablations, the same for all SAEs of a layer, take one sequence. `shortcuts` False
-    runs the model whole each time. `resamples` and `seed` are those of the bootstrap. No figure depends on the order
+    runs the model whole each time. `resamples` and `seed` are those of the bootstrap. `gsnr` is measured on a random
+    sample of the tokens. `controls`, made for the L0 of each SAE, take a second pass. No figure depends on the order
     of the dialogues or, but for rounding in the model, on `token_budget`.
 
     Raises:
@@ -97,30 +106,25 @@ def evaluate_tokens(
         budget = min(budget, _LOGITS // full.vocab_size)
     if not lm.layers or isolation_error(lm) > tolerance(lm.dtype):
         budget = 1  # one dialogue at a time
-    done = _Pass(saes, trunk, dialogues, template_facts(lm.tokenizer).special_ids)
-    with console.progress("evaluate", len(dialogues)) as advance:
-        for chosen in plan(dialogues.lengths.tolist(), token_budget=budget, split=full.rope_split):
-            done.add(chosen)
-            advance(len(chosen))
-    tables = done.tables()
-    rows = {
-        name: sae_row(
-            done.sums[name],
-            done.streams[sae.spec.layer],
-            tables[name],
-            sae.W_dec,
-            constant=sae.spec.layer in trunk.constant,
-        )
-        for name, sae in saes.items()
-    }
-    add_intervals(rows, tables, resamples=resamples, seed=seed)
-    facts = {
-        "model": lm.name,
-        "n_dialogues": len(dialogues),
-        "max_length": max_length,
-        "tokens_sha256": digest,
-    }
-    return Report(rows=rows, facts=facts, dialogues=DialogueSums(keys, tables))
+    batches = plan(dialogues.lengths.tolist(), token_budget=budget, split=full.rope_split)
+    special_ids = template_facts(lm.tokenizer).special_ids
+    drawn = TokenSample(dialogues, sample.TOKENS) if gsnr or controls else None
+    done = _Pass(saes, trunk, dialogues, special_ids, drawn)
+    rows, tables = done.run(batches)
+    report = Report(rows=rows, facts=_facts(lm, len(dialogues), max_length, digest))
+    if gsnr and drawn is not None:
+        report = report.with_figures(_gsnr(saes, drawn))
+    if controls is not None and drawn is not None:
+        acts = {layer: drawn.acts(layer) for layer in trunk.layers}
+        made = controls.make(saes, {name: row["l0"] for name, row in report.rows.items()}, acts)
+        others = {name: sae for name, (sae, _) in made.items()}
+        more, more_tables = _Pass(others, trunk, dialogues, special_ids, None).run(batches, "evaluate controls")
+        for name, row in more.items():
+            reasons = row["reasons"] | {"gsnr": "a control is not trained"}
+            report.rows[name] = row | {"control": made[name][1], "reasons": reasons}
+        tables |= more_tables
+    add_intervals(report.rows, tables, resamples=resamples, seed=seed)
+    return replace(report, dialogues=DialogueSums(keys, tables))
 
 
 @dataclass
@@ -131,6 +135,7 @@ class _Pass:
     trunk: Trunk
     dialogues: TokenBatch
     special_ids: tuple[int, ...]
+    sample: TokenSample | None
     streams: dict[int, Stream] = field(init=False)
     sums: dict[str, Reconstruction] = field(init=False)
     _order: list[int] = field(default_factory=list)  # of the dialogues, as they were added
@@ -140,6 +145,19 @@ class _Pass:
         self.streams = {layer: Stream(self.trunk.full.d_in) for layer in self.trunk.layers}
         self.sums = {name: Reconstruction(sae.spec.d_in, sae.spec.d_sae) for name, sae in self.saes.items()}
         self._columns = {name: {} for name in self.saes}
+
+    def run(self, batches: Iterable[list[int]], task: str = "evaluate") -> tuple[dict[str, Any], dict[str, Table]]:
+        """The rows of a report without the figures that `evaluate_tokens` adds, and the sums by dialogue."""
+        with console.progress(task, len(self.dialogues)) as advance:
+            for chosen in batches:
+                self.add(chosen)
+                advance(len(chosen))
+        tables, rows = self.tables(), {}
+        for name, sae in self.saes.items():
+            layer = sae.spec.layer
+            constant = layer in self.trunk.constant
+            rows[name] = sae_row(self.sums[name], self.streams[layer], tables[name], sae.W_dec, constant=constant)
+        return rows, tables
 
     def add(self, chosen: list[int]) -> None:
         """Run the model on some dialogues, and add what each SAE makes of them."""
@@ -151,6 +169,8 @@ class _Pass:
         scored[:, :-1] = real[:, 1:]
         states: dict[str, Tensor] = {}
         for layer in trunk.layers:
+            if self.sample is not None:
+                self.sample.add(layer, chosen, residuals[layer][real])
             self._add_layer(layer, residuals[layer], real, batch, ids, scored, states)
         own, found = token_losses(trunk, clean[scored], states, ids[:, 1:][real[:, 1:]])
         self._order += chosen
@@ -233,6 +253,20 @@ class _Pass:
         return found
 
 
+def _facts(lm: LanguageModel, n_dialogues: int, max_length: int, digest: str) -> dict[str, Any]:
+    facts = {"model": lm.name, "n_dialogues": n_dialogues, "max_length": max_length, "tokens_sha256": digest}
+    return facts | ({} if lm.random_weights is None else {"random_weights": lm.random_weights})
+
+
+def _gsnr(saes: Mapping[str, SAE], drawn: TokenSample) -> dict[str, dict[str, Any]]:
+    found = {}
+    with console.progress(f"gsnr on {sample.TOKENS:,} tokens", len(saes)) as advance:
+        for name, sae in saes.items():
+            found[name] = gsnr_figures(drawn.gsnr(sae))
+            advance(1)
+    return found
+
+
 def _check(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
     """Refuse SAEs that are not of this model.
 
@@ -252,6 +286,13 @@ def _check(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
         trained_on = sae.metadata.get("model_name")
         if trained_on is not None and trained_on != lm.name:
             console.warn(f"{name} was trained on {trained_on} and is evaluated on {lm.name}")
+        elif trained_on is not None and sae.metadata.get("random_weights") != lm.random_weights:
+            own, here = (_weights(seed) for seed in (sae.metadata.get("random_weights"), lm.random_weights))
+            console.warn(f"{name} was trained on {lm.name} with {own} and is evaluated with {here}")
+
+
+def _weights(seed: int | None) -> str:
+    return "its own weights" if seed is None else f"random weights (seed {seed})"
 
 
 def _first(stream: Iterable[TokenBatch], limit: int | None) -> Iterator[TokenBatch]:

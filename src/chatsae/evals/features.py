@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from chatsae.evals.statistics import wilson
+from chatsae.statistics import wilson
 
 _RARE = {"rare_1e-6": 1e-6, "rare_1e-5": 1e-5}
 _DENSE = {"dense_1pct": 0.01, "dense_10pct": 0.1}

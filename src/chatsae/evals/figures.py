@@ -13,7 +13,7 @@ from chatsae.evals import reconstruction
 from chatsae.evals.features import duplicate_figures, firing_figures, l0_quantiles
 from chatsae.evals.groups import NAMES, VARIANTS, WHOLE, first_sink_bin
 from chatsae.evals.reconstruction import Reconstruction, Stream
-from chatsae.evals.statistics import Ratio, bootstrap, ratio, wilson
+from chatsae.statistics import Ratio, bootstrap, ratio, wilson
 
 Table = dict[str, Float[np.ndarray, " S"]]
 """Sums of one SAE by dialogue; the columns are those of `COLUMNS`."""

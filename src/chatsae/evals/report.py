@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 
 from chatsae import console
+from chatsae.config import sae_specs
 from chatsae.console import Column
 from chatsae.errors import UserError
 from chatsae.evals.figures import COLUMNS as SUMS
 from chatsae.evals.figures import Table, ratios
+from chatsae.evals.paper import SOURCE, differences_from_paper, paper_model, paper_row
 from chatsae.evals.schema import VERSION
-from chatsae.evals.statistics import Paired, paired
 from chatsae.files import write_json
 from chatsae.runs import Run
+from chatsae.statistics import Paired, paired
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,7 @@ PAIRED = ("mse", "mse_st", "mse_st_template", "mse_st_no_prefix", "fvu", "delta_
 """The figures whose difference between methods `compare` tests."""
 
 _NOT_COMPARED = ("groups", "reasons")  # of the rows of a comparison: they stay in the reports
+_OWN_FACTS = ("random_weights", "sources", "overlap")  # in which reports on the same dialogues may differ
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Report:
     rows: dict[str, dict[str, Any]]
     facts: dict[str, Any]
     dialogues: DialogueSums | None = field(default=None, compare=False, repr=False)
+    version: int = field(default=VERSION, compare=False)
 
     def with_figures(self, figures: Mapping[str, Mapping[str, Any]]) -> "Report":
         """The report with more figures of some SAEs, by name; a reason for their absence goes."""
@@ -126,10 +130,14 @@ class Report:
         columns = [Column("SAE"), *(replace(column, best=None) for column in COLUMNS)]
         return console.table("Held-out dialogues", columns, rows, caption=_caption(self.facts))
 
+    def facts_json(self) -> dict[str, Any]:
+        """What report.json holds."""
+        return {"schema": self.version, "facts": self.facts, "saes": self.rows}
+
     def save(self, path: Path | str) -> None:
         """Write report.json (docs/report-schema.json), and beside it report.parquet with the sums by dialogue."""
         path = Path(path)
-        write_json(path, {"schema": VERSION, "facts": self.facts, "saes": self.rows})
+        write_json(path, self.facts_json())
         if self.dialogues is None:
             path.with_suffix(".parquet").unlink(missing_ok=True)  # of another evaluation
         else:
@@ -154,7 +162,8 @@ class Report:
         if version not in range(VERSION + 1):
             raise UserError(f"{path}: schema is {version!r}; this chatsae reads up to {VERSION}; {anew} anew")
         sums = path.with_suffix(".parquet")
-        return cls(rows=rows, facts=facts, dialogues=DialogueSums.load(sums) if sums.exists() else None)
+        dialogues = DialogueSums.load(sums) if sums.exists() else None
+        return cls(rows=rows, facts=facts, dialogues=dialogues, version=version)
 
 
 def paired_test(first: Report, second: Report, sae: str, figure: str, *, other: str | None = None) -> Paired | None:
@@ -182,29 +191,40 @@ def paired_test(first: Report, second: Report, sae: str, figure: str, *, other: 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One row per SAE of several runs; and per SAE, pair of methods and figure of `PAIRED` the paired test."""
+    """One row per SAE of several runs; and per SAE, pair of methods and figure of `PAIRED` the paired test.
+
+    `paper`: the paper's rows on the same model, layer, width, architecture and method, measured on its own dialogues.
+    """
 
     rows: list[dict[str, Any]]
     facts: dict[str, Any]
     paired: list[dict[str, Any]] = field(default_factory=list)
+    paper: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self) -> str:
-        """The rows grouped by SAE, the best of each group marked with a star."""
+        """The rows grouped by SAE, the best of each group marked with a star; the paper's below them, never marked."""
+        quoted = [row | {"method": f"{row['method']}: {row['source']}"} for row in self.paper]
+        order = list(dict.fromkeys(row["SAE"] for row in self.rows))
         return console.table(
             "Methods on the same held-out dialogues (* best of its SAE)",
             [Column("SAE"), Column("method"), *COLUMNS],
-            self.rows,
+            sorted([*self.rows, *quoted], key=lambda row: order.index(row["SAE"])),
             group="SAE",
-            caption=_caption(self.facts),
+            unranked="source",
+            caption="\n".join([_caption(self.facts), *_paper_notes(self.paper)]),
         )
+
+    def facts_json(self) -> dict[str, Any]:
+        """What JSON holds."""
+        return {"facts": self.facts, "rows": self.rows, "paired": self.paired, "paper": self.paper}
 
     def save(self, path: Path | str) -> None:
         """Write compare.json."""
-        write_json(Path(path), {"facts": self.facts, "rows": self.rows, "paired": self.paired})
+        write_json(Path(path), self.facts_json())
 
 
-def compare(runs: Sequence[Run]) -> Comparison:
-    """Set the reports of several runs side by side.
+def load_reports(runs: Sequence[Run]) -> list[tuple[Run, Report]]:
+    """The reports of several runs.
 
     Raises:
         UserError: a run has no report, or the reports were measured on different dialogues.
@@ -212,19 +232,71 @@ def compare(runs: Sequence[Run]) -> Comparison:
     reports = [(run, Report.load(run.path / "report.json")) for run in runs]
     facts = reports[0][1].facts
     for run, report in reports[1:]:
-        if report.facts != facts:
+        if _on(report) != _on(reports[0][1]):
             raise UserError(
                 f"{run.path} was evaluated on other dialogues than {reports[0][0].path} "
                 f"({report.facts} against {facts}); evaluate both alike first"
             )
+    return reports
+
+
+def _on(report: Report) -> dict[str, Any]:
+    """The model and the dialogues of a report."""
+    return {key: value for key, value in report.facts.items() if key not in _OWN_FACTS}
+
+
+def _method(run: Run, report: Report, row: Mapping[str, Any]) -> str:
+    """The method; a control stands beside its SAE as `fast~pca`."""
+    random = ["random-model"] if report.facts.get("random_weights") is not None else []
+    control = [row["control"]["kind"]] if "control" in row else []
+    return "~".join([run.config.data.method, *random, *control])
+
+
+def compare(runs: Sequence[Run], *, paper: str | None = None) -> Comparison:
+    """Set the reports of several runs side by side, and the paper's rows where it has the same SAE.
+
+    Args:
+        runs: evaluated runs.
+        paper: the model of the paper to take for that of the runs, whose name need not match then.
+
+    Raises:
+        UserError: see `load_reports` and `chatsae.evals.paper.paper_model`.
+    """
+    forced = None if paper is None else paper_model(paper)
+    reports = load_reports(runs)
     rows = [
-        {"SAE": name, "method": run.config.data.method, "run": str(run.path)}
+        {"SAE": row.get("control", {}).get("of", name), "method": _method(run, report, row), "run": str(run.path)}
         | {key: value for key, value in row.items() if key not in _NOT_COMPARED}
         for run, report in reports
         for name, row in report.rows.items()
     ]
     order = list(dict.fromkeys(row["SAE"] for row in rows))
-    return Comparison(sorted(rows, key=lambda row: order.index(row["SAE"])), facts, _tests(reports, order))
+    rows.sort(key=lambda row: order.index(row["SAE"]))
+    return Comparison(rows, reports[0][1].facts, _tests(reports, order), _paper_rows(reports, forced))
+
+
+def _paper_rows(reports: Sequence[tuple[Run, Report]], model: str | None) -> list[dict[str, Any]]:
+    """The paper's row for each SAE that has one; several runs of one method share it."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for run, report in reports:
+        config = run.config
+        for spec in sae_specs(config.sae, layers=tuple(sorted(config.model.layers)), d_in=1):
+            row = paper_row(model or config.model.name, spec, config.data.method)
+            if row is not None and spec.name in report.rows:
+                value = {"SAE": spec.name, "method": row.method, "source": row.source, "model": row.model}
+                differs = differences_from_paper(config, spec)
+                found.setdefault((spec.name, row.method), value | row.figures() | {"differs": differs})
+    return list(found.values())
+
+
+def _paper_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """What to know about the paper's rows."""
+    if not rows:
+        return []
+    models = ", ".join(dict.fromkeys(row["model"] for row in rows))
+    notes = [f"paper: {SOURCE}, {models}, on its own dialogues; its l0 is not known"]
+    differs = {tuple(row["differs"]): row["SAE"] for row in reversed(rows)}
+    return notes + [f"{sae} was trained with {', '.join(lines)}" for lines, sae in reversed(differs.items()) if lines]
 
 
 def _tests(reports: Sequence[tuple[Run, Report]], saes: Sequence[str]) -> list[dict[str, Any]]:

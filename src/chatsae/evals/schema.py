@@ -4,7 +4,7 @@ from typing import Any
 
 from chatsae.evals.groups import PARTITIONS, SPECIAL, VARIANTS
 
-VERSION = 1
+VERSION = 2
 
 _GROUP = {
     "mse": "mean squared error (eq. 7): over dimensions, then tokens of a dialogue, then dialogues that have one",
@@ -60,16 +60,31 @@ FIGURES: dict[str, str] = {
     **{f"{name}_assistant": f"{text}; tokens of assistant turns" for name, text in _LOSSES.items()},
     "n_tokens": "tokens evaluated",
     "n_dialogues": "dialogues evaluated",
-    "gsnr": "gradient signal-to-noise ratio: an object of its own, with unit and number of samples",
+    "gsnr": "gradient signal-to-noise ratio of the training loss: an object with unit and number of samples",
 }
 """Every figure of an SAE, and what it is."""
+
+_GSNR = {
+    "value": "mean over the entries of all parameters whose gradient varies",
+    "total": "squared norm of the mean gradient over the trace of its covariance, all parameters together",
+}
+_GSNR_PARAMETER = {
+    "mean": "over the entries of the parameter whose gradient varies",
+    "median": "over the same entries",
+    "total": "squared norm of its mean gradient over the trace of its covariance",
+}
+_GSNR_COUNTS = {
+    "n_varying": "entries whose gradient varies from sample to sample",
+    "n_silent": "entries without any gradient",
+    "n_constant": "entries with the same gradient, not zero, on every sample",
+}
 
 
 def report_schema() -> dict[str, Any]:
     """The JSON schema (draft 2020-12) of report.json."""
     number, text, count = {"type": ["number", "null"]}, {"type": "string"}, {"type": ["integer", "null"]}
     figures: dict[str, Any] = {name: number | {"description": meaning} for name, meaning in FIGURES.items()}
-    figures["gsnr"] = {"type": ["object", "null"], "description": FIGURES["gsnr"]}
+    figures["gsnr"] = _gsnr()
     for name in ("n_tokens", "n_dialogues", "dead_tokens", "l0_median", "l0_p95"):
         figures[name] = count | {"description": FIGURES[name]}
     group = _object(
@@ -89,23 +104,45 @@ def report_schema() -> dict[str, Any]:
         },
         "reasons": {
             "type": "object",
-            "description": "why a figure is null, by its name, partition/part/name or intervals/name",
+            "description": "why a figure is null, by its name, partition/part/name, intervals/name or gsnr/...",
             "additionalProperties": text,
         },
     }
+    control = {
+        "kind": text,
+        "of": text | {"description": "the SAE whose l0 it has"},
+        "made": text | {"description": "what it is and what it was fitted on"},
+    }
+    extra = {"control": _object(control) | {"description": "of rows that are controls, not SAEs that were trained"}}
     facts = {
         "model": text,
         "n_dialogues": {"type": "integer"},
         "max_length": {"type": "integer"},
         "tokens_sha256": text | {"description": "of the token ids, int64, in the order of the dialogues"},
     }
+    asked = {
+        "random_weights": {"type": "integer", "description": "seed of the model's random weights, where it has them"},
+        "sources": text | {"description": "corpora evaluated on, where they are not those of training"},
+        "overlap": count | {"description": "dialogues of these that were read for training, and were allowed"},
+    }
     whole = {
         "schema": {"const": VERSION},
-        "facts": _object(facts),
-        "saes": {"type": "object", "additionalProperties": _object(row)},
+        "facts": _object(facts | asked, required=tuple(facts)),
+        "saes": {"type": "object", "additionalProperties": _object(row | extra, required=tuple(row))},
     }
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "report.json of chatsae"}
     return head | {"$defs": {"group": group}} | _object(whole)
+
+
+def _gsnr() -> dict[str, Any]:
+    number, count = {"type": ["number", "null"]}, {"type": "integer"}
+    parameter = {name: number | {"description": meaning} for name, meaning in _GSNR_PARAMETER.items()}
+    parameter |= {name: count | {"description": meaning} for name, meaning in _GSNR_COUNTS.items()}
+    values: dict[str, Any] = {name: number | {"description": meaning} for name, meaning in _GSNR.items()}
+    values["n"] = count | {"description": "samples"}
+    values["unit"] = {"type": "string", "description": "what a sample is: token, drawn at random from the dialogues"}
+    values["by_parameter"] = {"type": "object", "additionalProperties": _object(parameter)}
+    return _object(values) | {"type": ["object", "null"], "description": FIGURES["gsnr"]}
 
 
 def _object(properties: dict[str, Any], required: tuple[str, ...] | None = None) -> dict[str, Any]:

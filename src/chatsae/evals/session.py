@@ -1,58 +1,98 @@
-"""Evaluate the SAEs of a run directory."""
+"""Evaluate the SAEs of run directories."""
 
 from collections import Counter
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from chatsae import console
-from chatsae.batch import TokenBatch
-from chatsae.config import RunConfig
-from chatsae.data.reading import read
-from chatsae.data.render import render
-from chatsae.data.store.prepared import Prepared
+from chatsae.batch import ActivationBatch
+from chatsae.config import ModelConfig, RunConfig
 from chatsae.errors import UserError
+from chatsae.evals.controls import FIT_TOKENS, Control, Controls, fit_moments
 from chatsae.evals.evaluate import evaluate_tokens
+from chatsae.evals.held_out import HeldOut, fit_tokens, held_out
 from chatsae.evals.report import Report
 from chatsae.lm.load import LanguageModel, load_model
 from chatsae.runs import Run
 from chatsae.sae.base import SAE
 
 
-def evaluate_run(path: Path, *, dialogues: int | None = None) -> Report:
-    """Evaluate every SAE of a run on the held-out part of its chat sources; writes report.json.
+def evaluate_runs(
+    path: Path,
+    *,
+    dialogues: int | None = None,
+    sources: Sequence[str] = (),
+    allow_overlap: bool = False,
+    controls: Sequence[Control] = (),
+) -> dict[Path, Report]:
+    """`evaluate_run` for the run in a directory, or for every run below it (a demo, say).
 
     Raises:
-        UserError: the run has no SAE yet, or the dialogues cannot be read.
+        UserError: see `evaluate_run`; or there is no run.
+    """
+    below = sorted(p.parent for p in path.glob("*/config.yaml")) if not (path / "config.yaml").is_file() else []
+    model: tuple[ModelConfig, LanguageModel] | None = None
+    known: tuple[RunConfig, HeldOut] | None = None
+    reports = {}
+    for run in map(Run.read, below or [path]):
+        config = run.config
+        limit = config.eval.dialogues if dialogues is None else dialogues
+        if limit < 1:
+            raise UserError(f"--dialogues must be at least 1, not {limit}")
+        saes = {p.name: SAE.load(p) for p in run.sae_directories()}
+        if model is None or model[0] != config.model:
+            model = config.model, load_model(config.model, head=True)
+        alike = RunConfig(model=config.model, data=replace(config.data, method="fast"), eval=config.eval)
+        if known is not None and known[0] == alike and not known[1].facts:
+            data = known[1]  # the held-out part of the same corpora
+        else:
+            tally: Counter[str] = Counter()
+            data = held_out(run, model[1], limit, sources=sources, allow_overlap=allow_overlap, tally=tally)
+            for reason, n in tally.most_common():
+                console.say(f"{n:,} × {reason}")
+        known = alike, data
+        reports[run.path] = _evaluate(run, saes, model[1], data, limit, controls)
+    return reports
+
+
+def evaluate_run(path: Path, *, dialogues: int | None = None) -> Report:
+    """Evaluate every SAE of a run on held-out dialogues (see `held_out`); writes report.json.
+
+    Raises:
+        UserError: the run has no SAE yet, or the dialogues cannot be read or were trained on.
     """
     run = Run.read(path)
-    config = run.config
-    limit = config.eval.dialogues if dialogues is None else dialogues
-    if limit < 1:
-        raise UserError(f"--dialogues must be at least 1, not {limit}")
-    saes = {p.name: SAE.load(p) for p in run.sae_directories()}
-    lm = load_model(config.model, head=True)
+    return evaluate_runs(run.path, dialogues=dialogues)[run.path]
+
+
+def _evaluate(
+    run: Run, saes: dict[str, SAE], lm: LanguageModel, data: HeldOut, limit: int, controls: Sequence[Control]
+) -> Report:
+    """`controls` add rows for random directions or principal components with the L0 of each SAE."""
     for sae in saes.values():
         sae.to(lm.device)
-    tally: Counter[str] = Counter()
     report = evaluate_tokens(
         saes,
         lm,
-        _held_out(config, lm, limit, tally),
+        data.tokens,
         limit=limit,
-        max_length=config.data.max_length,
-        token_budget=config.harvest.token_budget,
+        max_length=run.config.data.max_length,
+        token_budget=run.config.harvest.token_budget,
+        controls=_controls(run, lm, controls) if controls else None,
     )
+    report.facts.update(data.facts)
     report.save(run.path / "report.json")
-    for reason, n in tally.most_common():
-        console.say(f"{n:,} × {reason}")
     return report
 
 
-def _held_out(config: RunConfig, lm: LanguageModel, limit: int, tally: Counter[str]) -> Iterator[TokenBatch]:
-    data = config.data
-    if data.prepared and not config.eval.sources:
-        return Prepared(data.prepared, lm.tokenizer).batches(split="eval", max_length=data.max_length, tally=tally)
-    sources = config.eval.sources or data.sources
-    dialogues = islice(read(*sources, split="eval", order=data.order, tally=tally), limit)
-    return render(dialogues, lm.tokenizer, max_length=data.max_length, tally=tally)
+def _controls(run: Run, lm: LanguageModel, kinds: Sequence[Control]) -> Controls:
+    """Controls of some kinds, fitted on the training split of the run's dialogues."""
+    with console.progress("fit the controls", FIT_TOKENS) as advance:
+
+        def batches() -> Iterator[ActivationBatch]:
+            for batch in lm.harvest(fit_tokens(run, lm, FIT_TOKENS), token_budget=run.config.harvest.token_budget):
+                advance(len(batch.tokens.input_ids))
+                yield batch
+
+        return Controls(tuple(dict.fromkeys(kinds)), fit_moments(batches(), lm.layers))

@@ -19,6 +19,7 @@ from chatsae.lm import checkpoint, placement, stacks
 from chatsae.lm.checkpoint import ModelFacts, demo_model_path, load_tokenizer, model_facts
 from chatsae.lm.harvest import Harvest, relative_error
 from chatsae.lm.placement import pick_device, pick_placement
+from chatsae.lm.random_weights import randomise_
 from chatsae.lm.tap import check_blocks, text_problem
 
 __all__ = ["LanguageModel", "ModelFacts", "demo_model_path", "load_tokenizer", "model_facts", "pick_device"]
@@ -31,10 +32,10 @@ class LanguageModel:
     modalities; with `head=True`, or without layers, all blocks and the head. Weights are frozen. Layer L means the
     residual stream after block L (`hook_resid_post`), before the final norm.
 
-    Attributes: name, layers (sorted), n_layers and d_in of the whole model, vocab_size, max_positions, rope_split
-    (sequences longer than this must not share a forward with shorter ones), device (where token ids go and activations
-    come), dtype, head, cut (later blocks were left out), and the modules model, decoder (the model without its head)
-    and blocks.
+    Attributes: name, random_weights, layers (sorted), n_layers and d_in of the whole model, vocab_size, max_positions,
+    rope_split (sequences longer than this must not share a forward with shorter ones), device (where token ids go and
+    activations come), dtype, head, cut (later blocks were left out), and the modules model, decoder (the model without
+    its head) and blocks.
     """
 
     def __init__(
@@ -49,9 +50,12 @@ class LanguageModel:
         layer_path: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        random_weights: int | None = None,
         head: bool = False,
     ) -> None:
         """Load it; `device_map` spreads the blocks over all GPUs, `quantization` is one of `Placement`'s.
+
+        `random_weights`: a seed of random weights in place of its own (`chatsae.lm.random_weights`).
 
         Raises:
             UserError: the model is unknown or no decoder-only language model, a layer is out of range or asked for
@@ -63,7 +67,7 @@ class LanguageModel:
         self._source = checkpoint.locate(name, revision, trust_remote_code)
         config = checkpoint.read_config(self._source)
         text = stacks.text_config(config)
-        self.name = str(name)
+        self.name, self.random_weights = str(name), random_weights
         self.n_layers = stacks.count_blocks(config, layer_path)
         self.layers = _check_layers(layers, self.n_layers, self.name)
         self.head = head or not self.layers
@@ -73,6 +77,8 @@ class LanguageModel:
         checkpoint.check_shards(self._source)
         self._full: LanguageModel | None = None
         self._adopt(self._load(config))
+        if random_weights is not None:
+            randomise_(self.model, self.decoder, self.blocks, random_weights, self.name)
         embedding = self.model.get_input_embeddings().weight
         self.vocab_size: int = embedding.shape[0]
         self.device = embedding.device
@@ -98,6 +104,7 @@ class LanguageModel:
                 layer_path=self._layer_path,
                 revision=self._source.revision,
                 trust_remote_code=self._source.trust_remote_code,
+                random_weights=self.random_weights,
                 head=True,
             )
             self._adopt(self._full.model)
@@ -221,6 +228,7 @@ def load_model(config: ModelConfig, *, head: bool = False) -> LanguageModel:
         layer_path=config.layer_path,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
+        random_weights=config.random_weights,
         head=head,
     )
 

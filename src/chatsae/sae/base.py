@@ -164,4 +164,4 @@ class SAE(nn.Module):
 def normalize_rows_(W_dec: Float[Tensor, "F D"]) -> None:
     """Scale every row to unit norm, in place; rows of zeros stay."""
     norms = torch.linalg.vector_norm(W_dec, dim=1, keepdim=True)
-    W_dec.data.div_(norms.clamp_min(torch.finfo(W_dec.dtype).tiny))
+    W_dec.div_(norms.clamp_min(torch.finfo(W_dec.dtype).tiny))

@@ -2,24 +2,24 @@
 
 import importlib.util
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from chatsae.config import Precision
 from chatsae.errors import UserError
 from chatsae.sae.base import SAE, Losses
 
 StepKind = Literal["auto", "plain", "fast"]
 
-CROSSOVER = 0.12
+CROSSOVER = 0.1
 """Share of (token, feature) pairs that are active from which the dense step may be the faster one.
 
-Measured on a CPU with AVX-512: 12 % at 896 x 7168 with 1024 tokens, 20 % with 128, 20 to 25 % at 256 x 2048.
+Measured on a CPU with AVX-512 and AMX: 10 % at 256 x 2048 with 128 tokens, just under it at 896 x 7168, 19 % with 1024.
 """
 _HYSTERESIS = 0.8
-_PROBE_EVERY = 16  # steps of the dense phase; a probe costs a sixth of a dense step
 
 
 @runtime_checkable
@@ -28,16 +28,36 @@ class _Fast(Protocol):
         self, x: Float[Tensor, "N D"], *, lr: float, sparsity_scale: float, clip_grad_norm: float, limit: float
     ) -> Losses | None: ...
 
-    def dense(self, x: Float[Tensor, "N D"], *, lr: float, sparsity_scale: float, clip_grad_norm: float) -> Losses: ...
+    def dense(
+        self, x: Float[Tensor, "N D"], *, lr: float, sparsity_scale: float, clip_grad_norm: float
+    ) -> tuple[Losses, float]: ...
+
+
+@runtime_checkable
+class Chooser(Protocol):
+    """Takes each step on one of several routes, as `Switch` does; `waits`: the host may look at its losses at once."""
+
+    dense: bool
+    waits: ClassVar[bool]
+
+    def __call__(
+        self, step: int, x: Float[Tensor, "N D"], *, lr: float, sparsity_scale: float, clip_grad_norm: float
+    ) -> Losses: ...
+
+    def saved(self) -> int: ...
+
+    def load(self, saved: int) -> None: ...
 
 
 @dataclass
 class Switch:
     """Decides per step from the measured density; both steps work on the same weights and moments.
 
-    `dense` is all it remembers. What it decides hangs on the data and the step number alone, so that a run that goes on
-    from a checkpoint takes the same way; a timing would not.
+    `dense` is all it remembers. What it decides hangs on the data alone, so that a run that goes on from a checkpoint
+    takes the same way; a timing would not.
     """
+
+    waits: ClassVar[bool] = True
 
     fast: _Fast
     always: bool = False
@@ -46,24 +66,45 @@ class Switch:
     def __call__(
         self, step: int, x: Float[Tensor, "N D"], *, lr: float, sparsity_scale: float, clip_grad_norm: float
     ) -> Losses:
-        """Step number `step`: the sparse one, or the dense one, which is probed for sparsity now and then."""
+        """One step: the sparse one, or the dense one, which measures the density for the next."""
         numbers = {"lr": lr, "sparsity_scale": sparsity_scale, "clip_grad_norm": clip_grad_norm}
-        losses = None
-        if not self.dense or self.always or step % _PROBE_EVERY == 0:
-            limit = 1.0 if self.always else CROSSOVER * (_HYSTERESIS if self.dense else 1.0)
-            losses = self.fast(x, limit=limit, **numbers)
-        self.dense = losses is None
-        return self.fast.dense(x, **numbers) if losses is None else losses
+        if self.always or not self.dense:
+            losses = self.fast(x, limit=1.0 if self.always else CROSSOVER, **numbers)
+            self.dense = losses is None
+            if losses is not None:
+                return losses
+        losses, density = self.fast.dense(x, **numbers)
+        self.dense = density > CROSSOVER * _HYSTERESIS
+        return losses
+
+    def saved(self) -> int:
+        """What a checkpoint keeps."""
+        return int(self.dense)
+
+    def load(self, saved: int) -> None:
+        """Take up what `saved` gave, here or on a GPU."""
+        self.dense = bool(saved & 1)
 
 
-def make_switch(sae: SAE, optimizer: torch.optim.Adam, kind: StepKind) -> Switch | None:
+def make_switch(
+    sae: SAE, optimizer: torch.optim.Adam, kind: StepKind, precision: Precision = "float32"
+) -> Chooser | None:
     """What chooses the step of an SAE; None where that is always the plain one.
 
-    auto: the fast step where numba is installed, the SAE is on a CPU in float32 or float64, and the batch is sparse.
+    auto: the GPU step where triton is installed and the SAE on a GPU; the fast step where numba is installed and the
+    SAE on a CPU; both take float32 and float64, and go by features where the batch is sparse.
 
     Raises:
-        UserError: the fast step is asked for and cannot run here.
+        UserError: the fast step or a precision is asked for and cannot be had here.
     """
+    gpu = sae.W_enc.is_cuda and sae.W_enc.dtype in (torch.float32, torch.float64) and kind != "plain"
+    if gpu and importlib.util.find_spec("triton") is not None:
+        from chatsae.sae.choose_gpu import make_gpu_switch  # imports triton, which takes a second
+
+        return make_gpu_switch(sae, optimizer, always=kind == "fast", precision=precision)
+    if precision != "float32":
+        where = f"{sae.spec.name} is on {sae.W_enc.device} in {sae.W_enc.dtype} and train.step is {kind}"
+        raise UserError(f"train.encoder_precision {precision} is for the GPU step (chatsae[gpu]), but {where}")
     if kind == "plain":
         return None
     if reason := _missing(sae):

@@ -29,6 +29,9 @@ def share(
         args: what else the loop takes.
         ends: running total of the work after each row; without it all rows weigh the same.
     """
+    if work < _WORTH_A_THREAD:
+        kernel(0, rows, *args)
+        return
     threads = min(torch.get_num_threads(), 1 + work // _WORTH_A_THREAD, max(rows, 1))
     if threads == 1:
         kernel(0, rows, *args)

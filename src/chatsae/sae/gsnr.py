@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -118,14 +118,17 @@ class GsnrSums:
     def merged(parts: Sequence["GsnrSums"]) -> "GsnrSums":
         """The sums of several that counted other samples of the same SAE."""
         whole = GsnrSums(parts[0].sae, unit=parts[0].unit, sparsity_scale=parts[0].sparsity_scale)
-        whole.n = sum(part.n for part in parts)
         for part in parts:
-            for name, (first, second) in part._sums.items():
-                if name in whole._sums:
-                    whole._put(name, first, second)
-                else:
-                    whole._sums[name] = first.clone(), second.clone()
+            whole._take(part)
         return whole
+
+    def _take(self, part: "GsnrSums") -> None:
+        self.n += part.n
+        for name, (first, second) in part._sums.items():
+            if name in self._sums:
+                self._put(name, first, second)
+            else:
+                self._sums[name] = first.clone(), second.clone()
 
     def result(self) -> Gsnr:
         """The GSNR of all that has been counted."""
@@ -135,24 +138,30 @@ class GsnrSums:
         return reduced.result(self.unit)
 
     @staticmethod
-    def across(parts: Sequence["GsnrSums"]) -> Gsnr:
+    def across(parts: Iterable["GsnrSums"]) -> Gsnr:
         """The GSNR of parts that are independent of each other, though the samples within a part are not.
 
         ḡ² − s²/n gives way to the mean product of the gradients of two samples from different parts, so that what
-        the tokens of one dialogue have in common does not pass for signal. Needs two parts with samples.
+        the tokens of one dialogue have in common does not pass for signal. Needs two parts with samples. Parts that
+        are made one after the other take no more memory than two of them.
         """
-        parts = [part for part in parts if part.n]
-        whole = GsnrSums.merged(parts) if parts else None
-        if whole is None or len(parts) < 2:
+        whole, inside, pairs, count = None, dict[str, Tensor](), 0, 0
+        for part in parts:
+            if not part.n:
+                continue
+            if whole is None:
+                whole = GsnrSums(part.sae, unit=part.unit, sparsity_scale=part.sparsity_scale)
+            whole._take(part)
+            pairs, count = pairs - part.n**2, count + 1
+            for name, (first, _) in part._sums.items():
+                inside[name] = first.square() + inside[name] if name in inside else first.square()
+        if whole is None or count < 2:
             n, unit = (0, "token") if whole is None else (whole.n, whole.unit)
-            return Gsnr(None, None, n, unit, {}, f"{len(parts)} independent parts; two are needed")
+            return Gsnr(None, None, n, unit, {}, f"{count} independent parts; two are needed")
         reduced = _Reduced(whole.n, whole.sae.W_enc.dtype)
-        pairs = whole.n**2 - sum(part.n**2 for part in parts)
+        pairs += whole.n**2
         for name, (first, second) in whole._sums.items():
-            between = first.square()
-            for part in parts:
-                between -= part._sums[name][0].square()
-            reduced.add(name, first, second, between / pairs)
+            reduced.add(name, first, second, (first.square() - inside[name]) / pairs)
         return reduced.result(whole.unit)
 
 

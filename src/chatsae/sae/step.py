@@ -1,5 +1,6 @@
 """One training step of one SAE, and all the state it changes."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from chatsae.config import Precision
 from chatsae.errors import UserError
 from chatsae.sae.base import SAE, Losses
-from chatsae.sae.choose import StepKind, Switch, make_switch
+from chatsae.sae.choose import Chooser, StepKind, make_switch
 
 SAMPLING_WINDOW = 2000
 """Steps over which firing frequencies are counted (paper: feature sampling window)."""
@@ -26,7 +28,7 @@ class StepState:
     """Tokens of the current window on which each feature fired; float32 counts exactly up to 2²⁴ tokens."""
     window_tokens: int = 0
     step: int = 0
-    switch: Switch | None = None
+    switch: Chooser | None = None
     """Chooses between the plain and the fast step; without one, every step is plain."""
 
     def firing_frequency(self) -> Float[Tensor, " F"]:
@@ -44,7 +46,7 @@ class StepState:
             "firing_counts": self.firing_counts,
             "window_tokens": self.window_tokens,
             "step": self.step,
-            **({"dense": int(self.switch.dense)} if self.switch is not None else {}),
+            **({"dense": self.switch.saved()} if self.switch is not None else {}),
         }
 
     @torch.no_grad()
@@ -74,11 +76,16 @@ class StepState:
         self.firing_counts.copy_(state["firing_counts"])
         self.window_tokens, self.step = int(state["window_tokens"]), int(state["step"])
         if self.switch is not None:
-            self.switch.dense = bool(state.get("dense", True))
+            self.switch.load(int(state.get("dense", True)))
 
 
 def make_state(
-    sae: SAE, *, betas: tuple[float, float] = (0.9, 0.999), fused: bool = True, step: StepKind = "auto"
+    sae: SAE,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    fused: bool = True,
+    step: StepKind = "auto",
+    encoder_precision: Precision = "float32",
 ) -> StepState:
     """A state at step 0.
 
@@ -87,9 +94,10 @@ def make_state(
         betas: of Adam.
         fused: changes the speed of Adam (6 to 10 times on a CPU) and its rounding; without it every step is plain.
         step: plain, fast, or whichever is the faster one; changes the speed and the rounding.
+        encoder_precision: of the encoder's product; only a GPU has others than float32.
 
     Raises:
-        UserError: the fast step is asked for and cannot run here.
+        UserError: the fast step or a precision is asked for and cannot be had here.
     """
     optimizer = torch.optim.Adam(sae.parameters(), lr=sae.spec.lr, betas=betas, fused=fused)
     return StepState(
@@ -97,7 +105,7 @@ def make_state(
         optimizer=optimizer,
         steps_since_fired=torch.zeros_like(sae.b_enc, dtype=torch.int64),
         firing_counts=torch.zeros_like(sae.b_enc, dtype=torch.float32),
-        switch=make_switch(sae, optimizer, step) if fused else None,
+        switch=make_switch(sae, optimizer, step, encoder_precision) if fused else None,
     )
 
 
@@ -107,14 +115,14 @@ def train_step(
     """One step of Adam on one batch of activations; returns the loss before the step, on its device.
 
     Raises:
-        UserError: the loss of a sparse step is not finite; no weight has been changed then. Other steps return such a
-            loss: on a GPU, looking at it would make everything wait.
+        UserError: the loss is not finite, and the CPU's fast step runs; no weight has been changed then. Other steps
+            return such a loss: on a GPU, looking at it would make everything wait.
     """
     numbers = {"lr": lr, "sparsity_scale": sparsity_scale, "clip_grad_norm": clip_grad_norm}
     switch = state.switch
     losses = _plain_step(state, x, **numbers) if switch is None else switch(state.step, x, **numbers)
-    if switch is not None and not switch.dense and not losses.total.isfinite():
-        name, loss = state.sae.spec.name, losses.total.item()
+    if switch is not None and switch.waits and not math.isfinite(loss := losses.total.item()):
+        name = state.sae.spec.name
         raise UserError(f"the loss of {name} is {loss} at step {state.step + 1}; a lower sae.lrs may help")
 
     if state.step % SAMPLING_WINDOW == 0:

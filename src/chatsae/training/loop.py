@@ -1,8 +1,9 @@
 """Train every SAE of a grid from one stream of mixed activations."""
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -14,12 +15,14 @@ from chatsae.config import TrainConfig
 from chatsae.errors import UserError
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.base import SAE, Losses
+from chatsae.sae.gsnr import Gsnr, gsnr
 from chatsae.sae.init import set_b_dec_
 from chatsae.sae.step import StepState, make_state, train_step
 from chatsae.training.schedule import lr_at, sparsity_scale_at, steps_of
 from chatsae.training.state import restore, snapshot
 
 _MEDIAN_SAMPLE = 8192  # rows; 4k to 16k place the geometric median well
+_GSNR_EVERY = 100  # steps at least: it takes as long as several of them
 
 
 class Activations(Protocol):
@@ -41,16 +44,18 @@ class Activations(Protocol):
 
 @dataclass
 class Meter:
-    """Where the time of a run went, in seconds."""
+    """Where the time of a run went, in seconds; `lm` is the time that steps waited for the model."""
 
     lm: float = 0.0
     sae: float = 0.0
+    gsnr: float = 0.0
     wait: float = 0.0
     start: float = field(default_factory=time.perf_counter)
 
     def shares(self) -> dict[str, float]:
-        total = max(self.lm + self.sae + self.wait, 1e-9)
-        return {"lm": self.lm / total, "sae": self.sae / total, "wait": self.wait / total}
+        spent = {"lm": self.lm, "sae": self.sae, "gsnr": self.gsnr, "wait": self.wait}
+        total = max(sum(spent.values()), 1e-9)
+        return {name: seconds / total for name, seconds in spent.items()}
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,14 @@ def make_states(saes: Mapping[str, SAE], config: TrainConfig) -> dict[str, StepS
     """Every SAE with a fresh optimizer.
 
     Raises:
-        UserError: the fast step is asked for and cannot run here.
+        UserError: the fast step or a precision is asked for and cannot be had here.
     """
-    return {name: make_state(sae, betas=config.adam_betas, step=config.step) for name, sae in saes.items()}
+    how = {"betas": config.adam_betas, "step": config.step, "encoder_precision": config.encoder_precision}
+    states = {name: make_state(sae, **how) for name, sae in saes.items()}
+    if config.encoder_precision != "float32":
+        what = {"tf32": "rounded to 10 bits of mantissa", "bf16": "rounded to bfloat16"}[config.encoder_precision]
+        console.say(f"encoder products of training: inputs {what}, sums in float32; all else stays in float32")
+    return states
 
 
 def train_states(
@@ -121,11 +131,13 @@ def train_states(
             if batch is None:
                 ending = "data ended"
                 break
+            logs = (step + 1) % config.log_every == 0 or step + 1 == total
+            noise = _gsnr_all(states, batch, layers, step, config, meter) if logs and _gsnr_due(step, config) else {}
             losses = _step_all(states, batch, layers, step, config, meter)
             step, tokens = step + 1, tokens + batch.shape[1]
             advance(1)
-            if step % config.log_every == 0 or step == total:
-                record = _record(step, first, losses, states, config, meter)
+            if logs:
+                record = _record(step, first, losses, noise, states, config, meter)
                 advance(0, _live(record))
                 if run is not None:
                     run.log(record)
@@ -173,6 +185,34 @@ def _step_all(
     return losses
 
 
+def _gsnr_due(step: int, config: TrainConfig) -> bool:
+    """Whether the coming step is the first one to be logged in a hundred steps."""
+    last = step // config.log_every * config.log_every
+    return config.gsnr and (step + 1) // _GSNR_EVERY > last // _GSNR_EVERY
+
+
+def _gsnr_all(
+    states: Mapping[str, StepState],
+    batch: Float[Tensor, "L N D"],
+    layers: Sequence[int],
+    step: int,
+    config: TrainConfig,
+    meter: Meter,
+) -> dict[str, Gsnr]:
+    """The GSNR of every SAE on the batch of the coming step, at the weights that step begins with.
+
+    On copies: a step begins by putting the weights where their form wants them, and doing so twice would round twice.
+    """
+    start, found = time.perf_counter(), {}
+    scale = sparsity_scale_at(step, warmup_steps=steps_of(config).sparsity_warmup)
+    for name, state in states.items():
+        sae = copy.deepcopy(state.sae)
+        sae.before_step_()
+        found[name] = gsnr(sae, batch[layers.index(sae.spec.layer)].to(sae.W_enc), sparsity_scale=scale)
+    meter.gsnr += time.perf_counter() - start
+    return found
+
+
 def _start(
     states: Mapping[str, StepState], acts: Activations, layers: Sequence[int], checkpoint: Checkpoint | None
 ) -> int:
@@ -203,6 +243,7 @@ def _record(
     step: int,
     first: int,
     losses: Mapping[str, Losses],
+    noise: Mapping[str, Gsnr],
     states: Mapping[str, StepState],
     config: TrainConfig,
     meter: Meter,
@@ -216,6 +257,7 @@ def _record(
             "l0": loss.l0.item(),
             "dead_fraction": (state.steps_since_fired > config.dead_feature_window).double().mean().item(),
             "sparse_step": state.switch is not None and not state.switch.dense,
+            **({"gsnr": asdict(noise[name])} if name in noise else {}),
         }
         if not torch.isfinite(loss.total):
             raise UserError(f"the loss of {name} is {loss.total.item()} at step {step}; a lower sae.lrs may help")

@@ -6,10 +6,13 @@ from dataclasses import asdict
 from itertools import count
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from chatsae.batch import TokenBatch
 from chatsae.buffer import Mixer, mix
+from chatsae.buffer.ahead import Ahead
+from chatsae.buffer.ring import ring_device
 from chatsae.config import DataConfig, HarvestConfig, RunConfig
 from chatsae.data.dedup import dedup
 from chatsae.data.reading import read, read_text
@@ -22,6 +25,9 @@ from chatsae.lm.budget import choose_budget
 from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel
 from chatsae.lm.probe import choose_way
+from chatsae.training.schedule import steps_of
+
+_OVERLAP_PAYS = frozenset[str]()  # kinds of devices on which `chatsae bench overlap` has shown it
 
 
 def token_batches(
@@ -120,12 +126,16 @@ def activations(
 ) -> Mixer:
     """The mixed activations of a run; `skip` forwards of an interrupted run are passed over without computing them.
 
-    `facts` are those of `data_facts`, `how` those of `harvest_facts`, found anew by default.
+    `facts` are those of `data_facts`, `how` those of `harvest_facts`, found anew by default. Close it in the end, or
+    let it go: it may hold a thread.
 
     Raises:
-        UserError: see `token_batches` and `Harvest`.
+        UserError: see `token_batches`, `Harvest` and `Mixer`.
     """
-    tokens = token_batches(config.data, lm.tokenizer, seed=config.train.seed, facts=facts, tally=tally)
+    ring_device(config.buffer.device, lm.device, 0)  # what cannot be is refused at once
+    overlap = overlaps(config.harvest, lm.device)
+    counts: Counter[str] | None = Counter() if overlap else tally
+    tokens = token_batches(config.data, lm.tokenizer, seed=config.train.seed, facts=facts, tally=counts)
     how = harvest_facts(config.harvest, lm) if how is None else how
     harvest = Harvest(
         lm,
@@ -137,6 +147,19 @@ def activations(
         seed=config.train.seed,
         skip=skip,
         on_nan=config.harvest.on_nan,
-        tally=tally,
+        tally=counts,
     )
-    return mix(harvest, capacity=config.buffer.capacity, batch_size=config.train.batch_size, seed=config.train.seed)
+    return mix(
+        Ahead(harvest, device=lm.device, counts=counts, tally=tally) if overlap else harvest,
+        capacity=config.buffer.capacity,
+        batch_size=config.train.batch_size,
+        seed=config.train.seed,
+        needed=steps_of(config.train).total * config.train.batch_size,
+        place=config.buffer.device,
+        device=lm.device,
+    )
+
+
+def overlaps(config: HarvestConfig, device: torch.device) -> bool:
+    """Whether the model reads ahead in a thread while the SAEs train; the results are the same to the bit."""
+    return config.overlap == "on" or (config.overlap == "auto" and device.type in _OVERLAP_PAYS)

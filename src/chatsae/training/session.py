@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from chatsae.data.template import template_facts
 from chatsae.errors import UserError
 from chatsae.files import write_json
 from chatsae.lm.load import LanguageModel, load_model
-from chatsae.runs import Checkpoint, Run
+from chatsae.runs import Run
 from chatsae.sae.grid import build_grid
 from chatsae.training.calibrate import duration, predict_run
 from chatsae.training.loop import Summary, make_states, train_states
@@ -29,15 +30,15 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         UserError: the recipe, the model, the data or the directory is not usable.
     """
     check(config)
-    run = Run.open(out, config)
-    try:
+    with ExitStack() as stack:
+        run = stack.enter_context(closing(Run.open(out, config)))
         finished = _finished(run)
         if finished is not None:
             console.say(f"{out} is already trained; its SAEs are in {out / 'saes'}")
             return finished
         lm = load_model(config.model)
         tally: Counter[str] = Counter()
-        checkpoint = _checkpoint(run, lm)
+        checkpoint = run.load_checkpoint()
         resumes, seed = checkpoint is not None, config.train.seed
         facts = _remembered(
             run, "data.json", resumes, lambda before: data_facts(config.data, lm.tokenizer, seed=seed, before=before)
@@ -48,6 +49,7 @@ def train_run(config: RunConfig, out: Path) -> Summary:
             console.say(f"resuming at step {checkpoint.step:,}, past the data that was trained on")
         done = 0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"]
         acts = activations(config, lm, skip=done, facts=facts, how=how, tally=tally)
+        stack.callback(acts.close)
         specs = sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in)
         saes = build_grid(specs, seed=config.train.seed)
         for sae in saes.values():
@@ -78,17 +80,6 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         write_json(run.path / "summary.json", asdict(summary) | about)
         run.clear_checkpoints()
         return summary
-    finally:
-        run.close()
-
-
-def _checkpoint(run: Run, lm: LanguageModel) -> Checkpoint | None:
-    """The checkpoint to go on from, its buffer on the device of the activations."""
-    checkpoint = run.load_checkpoint()
-    if checkpoint is not None:
-        for name in checkpoint.tensors.keys() & {"buffer/ring", "buffer/pending"}:
-            checkpoint.tensors[name] = checkpoint.tensors[name].to(lm.device)
-    return checkpoint
 
 
 def _remembered(
@@ -177,6 +168,7 @@ def _metadata(config: RunConfig, spec: SAESpec, lm: LanguageModel, manifest_sha2
         "training_tokens": config.train.tokens,
         "seed": config.train.seed,
         "template_sha256": template_facts(lm.tokenizer).sha256 if lm.tokenizer.chat_template else None,
+        **({} if lm.random_weights is None else {"random_weights": lm.random_weights}),
     }
 
 

@@ -128,7 +128,9 @@ def _ready(spec: SAESpec, config: RunConfig, device: torch.device) -> tuple[Step
         x *= max(1.0, _CLEAR * max(spec.bandwidth, spec.init_threshold) / spread)
         spread = (x @ sae.W_enc).std().item()
         sae.b_enc.fill_(spec.init_threshold - NormalDist().inv_cdf(1 - ACTIVE) * spread)
-    return make_state(sae.to(device), betas=config.train.adam_betas, step=config.train.step), x.to(device)
+    train = config.train
+    how = {"betas": train.adam_betas, "step": train.step, "encoder_precision": train.encoder_precision}
+    return make_state(sae.to(device), **how), x.to(device)
 
 
 def _step_seconds(state: StepState, x: Float[Tensor, "N D"], clip_grad_norm: float) -> float:

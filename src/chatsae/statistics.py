@@ -4,7 +4,7 @@ Letters in shapes: S dialogues, R resamples.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,11 +43,30 @@ def bootstrap(
 
     None where there are fewer than 2 dialogues, or draws without a denominator.
     """
+    found = resample(figures, resamples=resamples, seed=seed)
+    return {name: interval(values, level) for name, values in found.items()}
+
+
+def resample(
+    figures: Mapping[str, Ratio], *, resamples: int = 1000, seed: int = 0
+) -> dict[str, Float[np.ndarray, " R"]]:
+    """Figures on dialogues drawn with replacement; NaN in draws without a denominator.
+
+    The draws follow from `seed` and the number of dialogues alone, so figures from several calls go together.
+    """
     names = list(figures)
     if not names:
         return {}
     found = _resampled(np.stack([np.stack(figures[name]) for name in names]), resamples, seed)
-    return {name: _interval(values, level) for name, values in zip(names, found, strict=True)}
+    return dict(zip(names, found, strict=True))
+
+
+def interval(values: Float[np.ndarray, " R"], level: float = 0.95) -> tuple[float, float] | None:
+    """The percentile interval of resampled values; None where one of them is not finite."""
+    if not np.isfinite(values).all():
+        return None
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def paired(first: Ratio, second: Ratio, *, resamples: int = 1000, seed: int = 0, level: float = 0.95) -> Paired | None:
@@ -59,13 +78,13 @@ def paired(first: Ratio, second: Ratio, *, resamples: int = 1000, seed: int = 0,
         return None
     difference = float(whole[0, 0] / whole[0, 1] - whole[1, 0] / whole[1, 1])
     boot = _resampled(parts, resamples, seed)
-    interval = _interval(boot[0] - boot[1], level)
-    if interval is None:
+    between = interval(boot[0] - boot[1], level)
+    if between is None:
         return None
     swapped = np.concatenate(list(_swaps(parts, resamples, seed + 1)))
     slack = 1e-9 * abs(difference)  # sums in another order
     beyond = int((np.abs(swapped) >= abs(difference) - slack).sum())
-    return Paired(difference, interval, (1 + beyond) / (1 + len(swapped)), n)
+    return Paired(difference, between, (1 + beyond) / (1 + len(swapped)), n)
 
 
 def wilson(successes: int, n: int, *, z: float = 1.959963984540054) -> tuple[float, float] | None:
@@ -76,6 +95,16 @@ def wilson(successes: int, n: int, *, z: float = 1.959963984540054) -> tuple[flo
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def quadratic_kappa(pairs: Sequence[tuple[int, int]]) -> float | None:
+    """Cohen's kappa of two ratings with quadratic weights; None of nothing, or where chance would always agree."""
+    if not pairs:
+        return None
+    first, second = np.array(pairs, dtype=np.float64).T
+    observed = np.square(first - second).mean()
+    by_chance = np.square(first[:, None] - second[None, :]).mean()
+    return float(1 - observed / by_chance) if by_chance else None
 
 
 def _resampled(parts: Float[np.ndarray, "M 2 S"], resamples: int, seed: int) -> Float[np.ndarray, "M R"]:
@@ -111,10 +140,3 @@ def _swaps(parts: Float[np.ndarray, "2 2 S"], resamples: int, seed: int) -> Iter
         with np.errstate(divide="ignore", invalid="ignore"):
             found = a[:, 0] / a[:, 1] - b[:, 0] / b[:, 1]
         yield found[np.isfinite(found)]
-
-
-def _interval(values: Float[np.ndarray, " R"], level: float) -> tuple[float, float] | None:
-    if not np.isfinite(values).all():
-        return None
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)

@@ -1,0 +1,278 @@
+"""The verbs about features. Each imports what it needs inside, so that `chatsae --help` answers at once."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from chatsae import console
+
+
+@dataclass
+class Features:
+    """Find out what the features of a run's SAEs respond to, on the dialogues held out for interpretation.
+
+    Builds RUN/features/SAE when it is missing (docs/features.md): strongest and sampled contexts, densities,
+    histograms, promoted tokens, neighbours. An interrupted pass goes on where it stopped.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    sae: tuple[str, ...] = ()
+    """SAEs of the run by name; by default all."""
+    token: str | None = None
+    """Rank features by their mean activation on this token, set against that on all tokens."""
+    text: str | None = None
+    """Show which features fire on each token of this text, as the user's turn of a dialogue."""
+    raw: bool = False
+    """Take --text as it is, without the chat template."""
+    like: int | None = None
+    """Show the features whose decoder directions are closest to this one's, and those that fire with it."""
+    dialogues: int | None = None
+    """Dialogues of the interpretation split; by default as before, else 10,000."""
+    features: int | None = None
+    """Live features with contexts, chosen by --seed, 0: all; by default as before, else 512."""
+    only: tuple[int, ...] = ()
+    """Print these features; they get contexts where they have none."""
+    contexts: int | None = None
+    """Strongest contexts of each feature; by default as before, else 20."""
+    window: int | None = None
+    """Tokens of a context; by default as before, else 64."""
+    one_per_dialogue: bool | None = None
+    """Whether the strongest contexts of a feature are of different dialogues; by default as before, else True."""
+    seed: int | None = None
+    """Chooses features and samples; by default as before, else 0."""
+    rows: int = 20
+    """Features to print."""
+    rebuild: bool = False
+    """Build it anew, whatever is there."""
+    json: bool = False
+    """Print JSON on stdout in place of the tables."""
+
+    def __call__(self) -> None:
+        from chatsae.features.command import look
+        from chatsae.features.session import Ask
+
+        ask = Ask(
+            dialogues=self.dialogues,
+            features=self.features,
+            only=self.only,
+            contexts=self.contexts,
+            window=self.window,
+            one_per_dialogue=self.one_per_dialogue,
+            seed=self.seed,
+            rebuild=self.rebuild,
+        )
+        facts, text = look(
+            self.run,
+            ask,
+            saes=self.sae,
+            token=self.token,
+            text=self.text,
+            raw=self.raw,
+            like=self.like,
+            rows=self.rows,
+        )
+        console.result(facts if self.json else text)
+
+
+@dataclass
+class Judge:
+    """Score the features of a run's SAEs from 1 to 5 by the paper's rubric, and how far the judge can be believed.
+
+    Finds the features' contexts first where they are missing (`chatsae features`); writes RUN/judge/SAE/JUDGE-N.json,
+    N being --contexts. Answers of a model are kept in RUN/judge/cache.sqlite; the same command goes on where it
+    stopped.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    sae: tuple[str, ...] = ()
+    """SAEs of the run by name; by default all."""
+    judge: str = "pattern"
+    """pattern: patterns that are listed beforehand, no model. openai: a model behind any OpenAI-compatible endpoint.
+    local: a chat model on this machine, its expected score from one forward. replay:FILE: answers in a cache.sqlite."""
+    model: str | None = None
+    """openai: name of the model. local: directory or name of the model. replay: whose answers."""
+    base_url: str = "https://api.openai.com/v1"
+    """openai: the endpoint, http://127.0.0.1:8000/v1 for example."""
+    api_key_env: str | None = None
+    """openai: environment variable that holds the key; no key by default."""
+    params: str = "{}"
+    """openai: JSON object of sampling parameters beside or in place of temperature 0.1, max_tokens 256 and seed; null
+    takes one away."""
+    concurrency: int = 8
+    """openai: most calls at once; fewer while the server says that it is too much."""
+    timeout: float = 120.0
+    """openai: seconds to wait for an answer."""
+    contexts: Literal[5, 20] = 20
+    """Strongest contexts of a feature that are judged; the paper has 5, with which chance alone scores higher."""
+    features: int | None = None
+    """Features to judge, drawn by --seed, 0: all that have contexts. By default all, or as the paper 128 of openai."""
+    activations: bool = False
+    """Show the model how active the feature is."""
+    repeat: int = 1
+    """Times that every feature is judged, the contexts in another order each time."""
+    also: tuple[Literal["detection", "intruder"], ...] = ()
+    """detection: tell windows in which a feature is active from others, by its explanation (balanced accuracy).
+    intruder: tell which of five contexts is not one of the feature's."""
+    dialogues: int | None = None
+    """Dialogues of the interpretation split; by default as before, else 10,000."""
+    seed: int = 0
+    """Chooses features, the order of contexts, and what the judge is calibrated on."""
+    dry_run: bool = False
+    """Only print the calls, tokens and dollars that it would take."""
+    budget: float | None = None
+    """Dollars; it ends before the call that could cost more than is left. Needs the prices."""
+    price_in: float | None = None
+    """Dollars per million tokens of prompts."""
+    price_out: float | None = None
+    """Dollars per million tokens of answers."""
+    json: bool = False
+    """Print what was found on stdout in place of the table."""
+
+    def __call__(self) -> None:
+        from chatsae.features.judge.command import Options, judge
+
+        facts, text = judge(Options(**{each.name: getattr(self, each.name) for each in fields(Options)}))
+        console.result(facts if self.json else text)
+
+
+@dataclass
+class Export:
+    """Write a run's features or its evaluation in the formats of other tools (docs/exports.md); nothing is sent.
+
+    Features are those that have contexts; they are found first where they are missing (`chatsae features`).
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    format: Literal["neuronpedia", "neuronpedia-bulk", "saedashboard", "delphi", "saebench"]
+    """neuronpedia: bodies of uploads, 128 features each. neuronpedia-bulk: JSONL files of a bulk import. saedashboard:
+    its batch files. delphi: its cache of latents, for which the model reads the dialogues once. saebench: the result
+    of its core evaluation, from report.json."""
+    sae: str | None = None
+    """SAE of the run by name; by default all."""
+    out: Path | None = None
+    """Directory to write to; by default RUN/exports/FORMAT."""
+    features: int = 0
+    """Features to export, drawn as `chatsae judge` draws them; 0: all that have contexts."""
+    model_id: str = ""
+    """Id of the model on the other side; by default made of its name."""
+    set_name: str = ""
+    """Name of the set of SAEs on the other side; by default chatsae-METHOD-SAE."""
+    creator_id: str = ""
+    """neuronpedia-bulk: id of the account that the records get."""
+    json: bool = False
+    """Print what was written on stdout in place of the table."""
+
+    def __call__(self) -> None:
+        from chatsae.features.export.command import Wanted, export
+
+        written, text = export(self.run, Wanted(**{each.name: getattr(self, each.name) for each in fields(Wanted)}))
+        console.result(written if self.json else text)
+
+
+@dataclass
+class Report:
+    """Write one HTML file about runs that opens anywhere, offline: figures, training, features, contexts, scores.
+
+    What is missing of features and scores is made first (`chatsae features`, the pattern judge); docs/report.md.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, or a directory of runs (a demo)."""
+    out: Path | None = None
+    """File to write; by default report.html in the directory that is given, of several in the working directory."""
+    sae: tuple[str, ...] = ()
+    """SAEs whose features are shown; by default of one run all, of several runs the first of each."""
+    features: int = 512
+    """Features of each, at most."""
+    contexts: int = 20
+    """Strongest contexts of each feature."""
+    dialogues: int | None = None
+    """Dialogues to find features on, where that has not been done; by default 10,000, of the bundled model 300."""
+    no_build: bool = False
+    """Make nothing that is missing; the page says how to."""
+    open: bool = False
+    """Open the page in a browser."""
+    json: bool = False
+    """Print where the page is and what is in it on stdout as JSON."""
+
+    def __call__(self) -> None:
+        from chatsae.page.data import Wanted
+        from chatsae.page.write import default_out, report, summary
+
+        names = ("features", "contexts", "dialogues")
+        wanted = Wanted(saes=self.sae, build=not self.no_build, **{name: getattr(self, name) for name in names})
+        out = self.out or default_out(self.runs)
+        facts = report(self.runs, out, wanted)
+        console.result(facts if self.json else summary(facts))
+        if self.open:
+            import webbrowser
+
+            webbrowser.open(out.resolve().as_uri())
+
+
+@dataclass
+class Steer:
+    """Answer prompts with a feature of a run's SAE added to the residual stream, side by side over its strengths.
+
+    Each strength is shown in units of the layer's median norm and of the feature's maximum, with what it does to the
+    predictions of held-out answers (docs/steering.md); writes RUN/steer/SAE-FEATURE.json.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    feature: int
+    """Feature whose decoder row is added; `chatsae tokens` finds those of the template's tokens."""
+    alpha: tuple[str, ...] = ("0", "15", "25", "50", "100", "150", "200")
+    """Strengths, multiples of the unit decoder row, by default the paper's. auto: the largest within --bound."""
+    prompt: tuple[str, ...] = ()
+    """What the user asks; by default what three held-out dialogues ask."""
+    sae: str | None = None
+    """SAE of the run by name, where it has several."""
+    max_new_tokens: int = 64
+    """Tokens of an answer at most; greedy."""
+    bound: float = 0.5
+    """Of auto: mean KL(steered || unsteered) in nats over the tokens of 32 held-out answers."""
+    guard: bool = False
+    """Lower the strength of an answer that repeats itself, collapses or strays (docs/steering.md)."""
+    dialogues: int = 400
+    """Dialogues of the steering split that are read for the answers."""
+    json: bool = False
+    """Print what was found on stdout in place of the text."""
+
+    def __call__(self) -> None:
+        from chatsae.steering.command import Ask, steer_run
+
+        same = ("feature", "sae", "max_new_tokens", "bound", "guard", "dialogues")
+        ask = Ask(alphas=self.alpha, prompts=self.prompt, **{name: getattr(self, name) for name in same})
+        facts, text = steer_run(self.run, ask)
+        console.result(facts if self.json else text)
+
+
+@dataclass
+class Tokens:
+    """Find the features of the tokens that the chat template writes, as the paper's Tables 12-18 do.
+
+    Read on the dialogues held out for steering; writes RUN/special_tokens.json.
+    """
+
+    run: tyro.conf.Positional[Path]
+    """Run directory."""
+    sae: tuple[str, ...] = ()
+    """SAEs of the run by name; by default all."""
+    dialogues: int = 1000
+    """Dialogues of the steering split."""
+    top: int = 5
+    """Features of each token."""
+    json: bool = False
+    """Print JSON on stdout in place of the tables."""
+
+    def __call__(self) -> None:
+        from chatsae.steering.command import tokens_run
+
+        facts, text = tokens_run(self.run, saes=self.sae, dialogues=self.dialogues, top=self.top)
+        console.result(facts if self.json else text)

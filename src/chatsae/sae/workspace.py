@@ -1,0 +1,80 @@
+"""Arrays that the steps of all SAEs of one thread share, and matrix products into them."""
+
+import math
+import threading
+from typing import Any
+
+import llvmlite.binding
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[Any]
+
+_AMD = llvmlite.binding.get_host_cpu_name().startswith("znver")
+_AMX = bool(llvmlite.binding.get_host_cpu_features().get("amx-bf16"))
+
+
+class _Spaces(threading.local):
+    def __init__(self) -> None:
+        self.arrays: dict[tuple[str, Any], Array] = {}
+
+
+_spaces = _Spaces()
+
+
+def space(name: str, shape: int | tuple[int, ...], dtype: Any) -> Array:
+    """An uninitialised array of the work space."""
+    size = shape if isinstance(shape, int) else math.prod(shape)
+    array = _spaces.arrays.get((name, dtype))
+    if array is None or array.size < size:
+        array = np.empty(size + size // 4, dtype)  # room for the next, slightly larger batch
+        _spaces.arrays[name, dtype] = array
+    return array[:size] if isinstance(shape, int) else array[:size].reshape(shape)
+
+
+def grown(name: str, size: int, used: int, dtype: Any) -> Array:
+    """`space` that keeps its first `used` elements."""
+    before = _spaces.arrays.get((name, dtype))
+    if before is not None and before.size >= size:
+        return before
+    array = np.empty(size + size // 2, dtype)
+    if before is not None:
+        array[:used] = before[:used]
+    _spaces.arrays[name, dtype] = array
+    return array
+
+
+def release(prefix: str) -> None:
+    """Give back the arrays whose names begin like this."""
+    for key in [key for key in _spaces.arrays if key[0].startswith(prefix)]:
+        del _spaces.arrays[key]
+
+
+def product(name: str, a: Tensor, b: Tensor, dtype: Any) -> Array:
+    """a @ b, in the work space. On AMD, torch's own float32 product takes twice the time of oneDNN's, which runs there.
+
+    By the kind of CPU and not by a timing: what is computed must not hang on how busy the machine was.
+    """
+    if _AMD and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        try:
+            return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "").numpy()
+        except (AttributeError, RuntimeError, TypeError):  # it is not a public operator
+            pass
+    out = space(name, (a.shape[0], b.shape[1]), dtype)
+    torch.mm(a, b, out=torch.from_numpy(out))
+    return out
+
+
+def moved(tensor: Tensor) -> Tensor:
+    """A copy with rows one after another, in memory from numpy: Linux gives it huge pages, which it does not give
+    torch's, and going through 25 MB of weights in small pages takes a sixth longer."""
+    array = np.empty(tensor.shape, tensor.numpy().dtype)
+    np.copyto(array, tensor.numpy())
+    return torch.from_numpy(array)
+
+
+def fast_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 at several times the speed of float32 (AMX)."""
+    return _AMX and torch.backends.mkldnn.is_available()

@@ -1,0 +1,243 @@
+"""`chatsae steer` and `chatsae tokens`: a run's features at work, side by side, and those of its special tokens."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from chatsae import console
+from chatsae.batch import Kind, Role, TokenBatch
+from chatsae.config import RunConfig
+from chatsae.data.reading import read
+from chatsae.data.render import render
+from chatsae.data.store.prepared import Prepared
+from chatsae.errors import UserError
+from chatsae.files import write_json
+from chatsae.lm.load import LanguageModel, load_model
+from chatsae.runs import Run
+from chatsae.sae.base import SAE
+from chatsae.steering.generate import Completion, generate
+from chatsae.steering.guard import Guard
+from chatsae.steering.rows import Prompt, Row, prompt_of, rows_of_dialogues, spread_rows
+from chatsae.steering.spec import SteerSpec
+from chatsae.steering.strength import Calibration, Effect, Scale, auto_alpha, measure_scale
+from chatsae.steering.tokens import token_features, token_table
+
+_SCALE_DIALOGUES = 64
+_ROWS = 32  # that are answered in one batch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ask:
+    """What `steer_run` is asked; the fields of the verb."""
+
+    feature: int
+    alphas: tuple[str, ...] = ("0", "15", "25", "50", "100", "150", "200")
+    prompts: tuple[str, ...] = ()
+    sae: str | None = None
+    max_new_tokens: int = 64
+    bound: float = 0.5
+    guard: bool = False
+    dialogues: int = 400
+
+
+def steer_split(
+    config: RunConfig, lm: LanguageModel, limit: int, tally: Counter[str] | None = None
+) -> Iterator[TokenBatch]:
+    """The first dialogues that a run holds out for steering, rendered.
+
+    Raises:
+        UserError: they cannot be read, or there is none.
+    """
+    data = config.data
+    if data.prepared and not config.eval.sources:
+        prepared = Prepared(data.prepared, lm.tokenizer)
+        left = limit
+        for batch in prepared.batches(split="steer", max_length=data.max_length, tally=tally):
+            yield batch if len(batch) <= left else batch.select(range(left))
+            left -= len(batch)
+            if left <= 0:
+                return
+        return
+    sources = config.eval.sources or data.sources
+    dialogues = islice(read(*sources, split="steer", order=data.order, tally=tally), limit)
+    yield from render(dialogues, lm.tokenizer, max_length=data.max_length, tally=tally)
+
+
+def steer_run(path: Path, ask: Ask) -> tuple[dict[str, Any], str]:
+    """Answers to prompts at each strength of an add, as JSON holds them and as text; written to RUN/steer/ as well.
+
+    Raises:
+        UserError: there is no such run, SAE or feature, or a number cannot be.
+    """
+    wanted = [_alpha(text) for text in ask.alphas]
+    run = Run.read(path)
+    name, sae = _only(_saes(run, () if ask.sae is None else (ask.sae,)), path)
+    spec = SteerSpec(sae=sae, feature=ask.feature)
+    spec.direction()  # refuses a feature that does not exist before the model is loaded
+    lm = load_model(run.config.model, head=True)
+    sae.to(lm.device)
+    tokens = TokenBatch.concat(list(steer_split(run.config, lm, ask.dialogues)))
+    rows = rows_of_dialogues(tokens, lm.max_positions)
+    few = tokens.select(range(min(_SCALE_DIALOGUES, len(tokens))))
+    scale = measure_scale(lm, few, sae.spec.layer, sae)
+    calibration = Calibration(lm, spread_rows(rows)[0])
+    strengths = [_strength(alpha, spec, scale, calibration, ask.bound) for alpha in wanted]
+    prompts: list[Prompt] = list(ask.prompts) or [prompt_of(row) for row in rows[:3]]
+    answers = _answers(lm, prompts, [spec.at(s["alpha"]) for s in strengths], ask)
+    facts = {
+        "sae": name,
+        "feature": ask.feature,
+        "median_norm": scale.median_norm,
+        "max_act": None if scale.max_acts is None else float(scale.max_acts[ask.feature]),
+        "n_calibration_predictions": calibration.n_predictions,
+        "strengths": strengths,
+        **answers,
+    }
+    (run.path / "steer").mkdir(exist_ok=True)
+    write_json(run.path / "steer" / f"{name}-{ask.feature}.json", facts)
+    return facts, _text(facts)
+
+
+def tokens_run(
+    path: Path, *, saes: Sequence[str] = (), dialogues: int = 1000, top: int = 5
+) -> tuple[dict[str, Any], str]:
+    """The features of each special token over a run's steering split, as JSON and text; RUN/special_tokens.json.
+
+    Raises:
+        UserError: there is no such run or SAE, or no dialogue.
+    """
+    if dialogues < 1:
+        raise UserError(f"--dialogues must be at least 1, not {dialogues}")
+    run = Run.read(path)
+    chosen = _saes(run, saes)
+    lm = load_model(run.config.model)
+    for sae in chosen.values():
+        sae.to(lm.device)
+    tally: Counter[str] = Counter()
+    batch = TokenBatch.concat(list(steer_split(run.config, lm, dialogues, tally)))
+    found = token_features(lm, chosen, [batch], top=top)
+    for reason, n in tally.most_common():
+        console.say(f"{n:,} × {reason}")
+    facts = {
+        "split": "steer",
+        "n_dialogues": len(batch),
+        "n_tokens": len(batch.input_ids),
+        "saes": {name: [row.facts() for row in rows] for name, rows in found.items()},
+    }
+    write_json(run.path / "special_tokens.json", facts)
+    return facts, "\n\n".join(token_table(name, rows) for name, rows in found.items())
+
+
+def _saes(run: Run, names: Sequence[str]) -> dict[str, SAE]:
+    there = {p.name: p for p in run.sae_directories()}
+    for name in names:
+        if name not in there:
+            raise UserError(f"run {run.path} has no SAE {name!r}; it has {', '.join(there)}")
+    return {name: SAE.load(there[name]) for name in there if not names or name in names}
+
+
+def _only(saes: dict[str, SAE], path: Path) -> tuple[str, SAE]:
+    if len(saes) > 1:
+        raise UserError(f"run {path} has several SAEs; choose one with --sae: {', '.join(saes)}")
+    return next(iter(saes.items()))
+
+
+def _alpha(text: str) -> float | None:
+    """A number, or None for auto."""
+    if text == "auto":
+        return None
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise UserError(f"--alpha takes numbers or auto, not {text!r}")
+    return value
+
+
+def _strength(
+    alpha: float | None, spec: SteerSpec, scale: Scale, calibration: Calibration, bound: float
+) -> dict[str, Any]:
+    """One strength in all units, and what it does to the predictions of the calibration answers."""
+    if alpha is None:
+        found = auto_alpha(calibration, spec, bound=bound, start=0.3 * scale.median_norm)
+        label, effect = "auto", found.effect
+        chosen, auto = found.alpha, {"forwards": found.forwards, "bound": bound, "tried": found.tried}
+        console.say(
+            f"auto: alpha {chosen:.4g} after {found.forwards} batch forwards, KL {effect.kl:.3f} (bound {bound:g})"
+        )
+    else:
+        label, chosen, auto = f"{alpha:g}", alpha, None
+        effect = calibration.effect([spec.at(alpha)]) if alpha else Effect(0.0, 0.0)
+    return {"label": label, **scale.relative(spec.at(chosen)), **asdict(effect), "auto": auto}
+
+
+def _answers(lm: LanguageModel, prompts: Sequence[Prompt], specs: Sequence[SteerSpec], ask: Ask) -> dict[str, Any]:
+    """Every prompt without steering and at every strength."""
+    todo = [(p, s) for p in range(len(prompts)) for s in [None, *range(len(specs))]]
+    done: list[Completion] = []
+    counts: Counter[str] = Counter()
+    with console.progress("answers", len(todo)) as advance:
+        for start in range(0, len(todo), _ROWS):
+            part = todo[start : start + _ROWS]
+            found = generate(
+                lm,
+                [prompts[p] for p, _ in part],
+                [[] if s is None else [specs[s]] for _, s in part],
+                max_new_tokens=ask.max_new_tokens,
+                guard=Guard() if ask.guard else None,
+                test=start == 0,
+            )
+            done += found.completions
+            counts["forwards"] += found.forwards
+            counts["hook_calls"] += sum(found.hook_calls.values())
+            advance(len(part))
+    base = {p: c for (p, s), c in zip(todo, done, strict=True) if s is None}
+    examples = [
+        {
+            "label": f"alpha {specs[s].strength:.4g}",
+            "prompt": _shown(prompts[p], lm),
+            "base": base[p].text,
+            "steered": completion.text,
+            **completion.facts(),
+        }
+        for (p, s), completion in zip(todo, done, strict=True)
+        if s is not None
+    ]
+    return {"examples": examples, **counts}
+
+
+def _shown(prompt: Prompt, lm: LanguageModel) -> str:
+    """A prompt for people: what the user says in it."""
+    if not isinstance(prompt, Row):
+        return str(prompt)
+    said = (prompt.role == int(Role.USER)) & (prompt.kind == int(Kind.CONTENT))
+    return str(lm.tokenizer.decode(prompt.input_ids[said]))
+
+
+def _text(facts: dict[str, Any]) -> str:
+    title = f"{facts['sae']}, feature {facts['feature']}: median norm {facts['median_norm']:.4g}"
+    columns = [
+        console.Column("label", header="strength"),
+        console.Column("alpha"),
+        console.Column("rel_norm", header="alpha / norm"),
+        console.Column("rel_maxact", header="alpha / max"),
+        console.Column("kl", header="KL, nats"),
+        console.Column("log_ratio", header="log perplexity ratio"),
+    ]
+    lines = [console.table(title, columns, facts["strengths"])]
+    before = None
+    for example in facts["examples"]:
+        if example["prompt"] != before:
+            before = example["prompt"]
+            lines += ["", f"> {before}", f"  {'unsteered':>12} | {_line(example['base'])}"]
+        lowered = f" (guard lowered it {len(example['events'])} times)" if example["events"] else ""
+        lines.append(f"  {example['label']:>12} | {_line(example['steered'])} [{example['finish_reason']}]{lowered}")
+    return "\n".join(lines)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
