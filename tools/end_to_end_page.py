@@ -36,8 +36,8 @@ def section(result: Record) -> str:
 batches, initial weights, learning rates and coefficients, step by step, and the objective is the same (v6 form, b_dec
 subtracted from the input). What differs: sae_lens draws a progress bar; chatsae loads its compiled loops, which is
 counted (compiling them, once per machine, takes some ten seconds and is not), and its GSNR, which sae_lens does not
-have, is off. {result["threads"]} thread, {machine["cpu_count"]} cores ({platform.machine()}), torch {machine["torch"]}. mse
-and L0 are of 32,768 activations that were not trained on; mean ± standard deviation over seeds
+have, is off. {result["threads"]} thread, {machine["cpu_count"]} cores ({platform.machine()}), torch {machine["torch"]}.
+mse and L0 are of 32,768 activations that were not trained on; mean ± standard deviation over seeds
 {", ".join(map(str, _seeds(trainings)))}.
 
 {_table(trainings)}
