@@ -12,11 +12,13 @@ from chatsae.bench.engines import peak_bytes, resident_bytes
 from chatsae.bench.step_cases import Case, make_start
 from chatsae.bench.step_peers import Own
 from chatsae.runs import environment
+from chatsae.sae.choose import StepKind
 
 DEFAULT = ("3584", "28672", "64", "128", "1024")
+KINDS: dict[str, StepKind] = {"fast": "fast", "plain": "plain"}
 
 
-def measured(case: Case, kind: str) -> dict[str, object]:
+def measured(case: Case, kind: StepKind) -> dict[str, object]:
     """Megabytes: of weights and their moments, of the encoder's output, and at the peak beyond the former."""
     warm = Own(make_start(Case(case.architecture, 8, 8, 16, 4), "cpu"), "cpu", kind)
     for _ in range(3):  # what is loaded and compiled first is not of the step
@@ -44,12 +46,12 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["one"]:
         d_in, d_sae, l0, batch_size = map(int, argv[2:])
         case = Case("standard", d_in, d_sae // d_in, batch_size, l0)
-        print(json.dumps(measured(case, argv[1])))
+        print(json.dumps(measured(case, KINDS[argv[1]])))
         return
     d_in, d_sae, l0, *batch_sizes = argv or DEFAULT
     rows = []
     for batch_size in batch_sizes:
-        for kind in ("auto", "plain"):
+        for kind in KINDS:
             command = [sys.executable, __file__, "one", kind, d_in, d_sae, l0, batch_size]
             done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
             rows.append(json.loads(done.stdout))

@@ -138,6 +138,6 @@ def test_shares_of_scores_are_counted_over_the_seeds(scores):
     assert five.startswith("| L3-8x-standard | 5 | 20.0% [17.6%, 22.6%] |")
     assert twenty.endswith("| 50.0% [46.9%, 53.1%] |")
     sentence = scores.score_sentence(found)
-    assert "L3-8x-standard, over BT(P): +30.0 ± 4.0" in sentence
-    assert "over BT(F)-isolated: +2.0 ± 4.4" in sentence
-    assert "312 of 320 planted features right and 8 of 320 of random tokens above 2" in sentence
+    assert "L3-8x-standard: BT(P) +30.0 ± 4.0, BT(F) +10.0" in sentence
+    assert "BT(F)-isolated +2.0 ± 4.4" in sentence
+    assert "156 of 160 planted features right and 4 of 160 of random tokens above 2" in sentence

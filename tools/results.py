@@ -5,6 +5,7 @@ What is trained or evaluated already in --out is not done again, so an interrupt
 
 import argparse
 import platform
+import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +45,13 @@ SWEEP_TOKENS = 409_600
 L0S = (25.0, 35.0, 55.0, 70.0, 90.0)
 """What FAST and BT(F) cover with both architectures; BT(P) needs more active features for most of it."""
 
-SYNTHETIC = "Activations whose true features are known are in [synthetic.md](synthetic.md).\n"
+SYNTHETIC = """## When FAST wins, where the truth is known
+
+![Error of BT(F) and BT(P) over that of FAST, as leakage, the sink's norm and the prefix change](img/synthetic.svg)
+
+On activations made of known features (roles, template tokens, a sink at position 0, a constant prefix, topics, leakage
+between dialogues) one cause can be changed at a time: [synthetic.md](synthetic.md), `make synthetic`.
+"""
 
 
 def measure(config: RunConfig, out: Path, seeds: Sequence[int]) -> Found:
@@ -87,7 +94,7 @@ Written by `make results` from `{recipe.relative_to(ROOT)}`: {len(METHODS)} meth
 Conditions: {versions["cpu_count"]} cores ({platform.machine()}), Python {versions["python"]}, torch
 {versions["torch"]}, transformers {versions["transformers"]}. The bundled model is small and knows one subject: this
 page shows that the pipeline works and in which direction the methods differ here, not what they do on a large model.
-{SYNTHETIC if (PAGE.parent / "synthetic.md").exists() else ""}
+
 {main_table(found)}
 
 `mse` is eq. 7 of the paper; `mse_st` the same over special tokens matched by id, as the paper does; in brackets log2,
@@ -130,6 +137,7 @@ difference over dialogues leaves out 0; it does not know what another seed would
 
 Figures are linear in log L0 between neighbouring SAEs. {missing_sentence(at)}
 
+{SYNTHETIC}
 ## By group
 
 {folded("Mean squared error by part, role, kind and position of a token", group_table(found))}
@@ -145,8 +153,10 @@ five contexts and GPT-4o, so levels do not compare:
 
 {score_table(scores)}
 
-{score_sentence(scores)} L0 differs between the methods, and a pattern is not a meaning: the judge knows tokens, their
-neighbours and places in the template. `chatsae judge RUN --dialogues {DIALOGUES}` prints a row of it.
+{textwrap.fill(score_sentence(scores), 120)}
+
+L0 differs between the methods, and a pattern is not a meaning: the judge knows tokens, their neighbours and places in
+the template. `chatsae judge RUN --dialogues {DIALOGUES}` prints a row of the table.
 
 ## GSNR
 

@@ -61,14 +61,14 @@ def score_sentence(found: Scores) -> str:
     parts = []
     for name in sorted({name for name, _, _ in found}):
         fast = _counts(found[name, "fast", 20])
-        for method in METHODS[:-1]:
-            other = _counts(found[name, method, 20])
-            parts.append(f"{name}, over {NAMES[method]}: {_difference(fast, other)}")
-    nulls = [facts["calibration"]["false_positives"]["random"] for rows in found.values() for facts in rows]
-    planted = [facts["calibration"]["accuracy"] for rows in found.values() for facts in rows]
+        over = [f"{NAMES[m]} {_difference(fast, _counts(found[name, m, 20]))}" for m in METHODS[:-1]]
+        parts.append(f"{name}: {', '.join(over)}")
+    judged = [row["calibration"] for (_, _, n_contexts), rows in found.items() if n_contexts == 20 for row in rows]
+    right = [calibration["accuracy"] for calibration in judged]
+    nulls = [calibration["false_positives"]["random"] for calibration in judged]
     return (
-        f"FAST's share of 4 and 5 on 20 contexts, in points: {'; '.join(parts)}. The judge scored "
-        f"{sum(p['n'] for p in planted):,} of {sum(p['of'] for p in planted):,} planted features right and "
+        f"What FAST has over the others in scores of 4 and 5 on 20 contexts, in points: {'; '.join(parts)}. There the "
+        f"judge scored {sum(r['n'] for r in right):,} of {sum(r['of'] for r in right):,} planted features right and "
         f"{sum(n['n'] for n in nulls):,} of {sum(n['of'] for n in nulls):,} of random tokens above 2."
     )
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from chatsae.bench.step_cases import LR, Case, Start
 from chatsae.sae.base import SAE
+from chatsae.sae.choose import StepKind
 from chatsae.sae.step import make_state, train_step
 
 PLAIN, FAST = "chatsae plain", "chatsae fast"
@@ -62,12 +63,12 @@ def absent(device: str) -> dict[str, str]:
 
 
 class Own:
-    """Our step as a run takes it (`train.step` auto), or always the plain one."""
+    """Our step as a run takes it, by `train.step`."""
 
-    def __init__(self, start: Start, device: str, kind: str = "auto") -> None:
+    def __init__(self, start: Start, device: str, kind: StepKind = "auto") -> None:
         sae = SAE.create(start.spec, device=device)
         sae.load_file_tensors_({name: tensor.to(device) for name, tensor in start.tensors.items()})
-        self._state = make_state(sae, step="plain" if kind == "plain" else "auto")
+        self._state = make_state(sae, step=kind)
         self.optimizer = self._state.optimizer
 
     @property
