@@ -402,7 +402,7 @@ def test_what_cannot_be_is_refused_with_the_flag(run, flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_names_of_models_are_names_of_files():
+def test_names_of_models_are_names_of_files(tmp_path):
     assert file_name("org/Model-7B:free") == "org-Model-7B-free"
-    assert file_name("/home/me/models/tiny-chat/") == "tiny-chat"
+    assert file_name(f"{tmp_path}/tiny-chat/") == "tiny-chat"
     assert file_name("../..") == "model"

@@ -4,7 +4,7 @@ Shape legend, used in every signature of the package:
     B sequences · T tokens of the longest sequence · N tokens, flattened · L layers · D d_in · F d_sae
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from typing import Literal, get_args
@@ -123,6 +123,17 @@ class TokenBatch:
         """Right-padded token ids, for back ends that want a rectangle."""
         rows = list(torch.split(self.input_ids, self.lengths.tolist()))
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+
+
+def first(stream: Iterable[TokenBatch], limit: int | None) -> Iterator[TokenBatch]:
+    """The first `limit` sequences of a stream of batches, all without a limit; no batch is read that is not needed."""
+    left = limit
+    for tokens in stream if limit != 0 else ():
+        if left is not None and len(tokens) >= left:
+            yield tokens.select(range(left))
+            return
+        yield tokens
+        left = None if left is None else left - len(tokens)
 
 
 _PER_TOKEN = tuple(f.name for f in fields(TokenBatch) if f.name not in ("names", "cu_seqlens"))

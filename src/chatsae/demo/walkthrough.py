@@ -11,12 +11,11 @@ from typing import Any
 from chatsae import console
 from chatsae.config import Method, RunConfig
 from chatsae.evals.report import Comparison, compare
-from chatsae.evals.session import evaluate_run
 from chatsae.page.data import Wanted
 from chatsae.page.write import report, summary
 from chatsae.recipe import load_recipe
 from chatsae.runs import Run
-from chatsae.training.session import train_run
+from chatsae.sweep import complete
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 METHODS: tuple[Method, ...] = ("bt-p", "bt-f", "fast")
@@ -28,17 +27,14 @@ def demo(out: Path, recipe: Path | None = None, wanted: Wanted | None = None) ->
     `wanted` is what the page shows of the features.
 
     Raises:
-        UserError: see `train_run` and `evaluate_run`.
+        UserError: see `chatsae.sweep.complete`.
         KeyboardInterrupt: the user stopped it; the same call goes on where it stopped.
     """
     start = time.monotonic()
     config = load_recipe(recipe or RECIPE)
     console.say(_plan(config))
     for method in METHODS:
-        if train_run(for_method(config, method), out / method).ending == "interrupted":
-            raise KeyboardInterrupt
-        if not (out / method / "report.json").exists():
-            evaluate_run(out / method)
+        complete(for_method(config, method), out / method)
     comparison = compare([Run.read(out / method) for method in METHODS])
     comparison.save(out / "compare.json")
     console.result(comparison.table())

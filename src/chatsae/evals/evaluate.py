@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chatsae import console
-from chatsae.batch import Dialogue, Role, TokenBatch
+from chatsae.batch import Dialogue, Role, TokenBatch, first
 from chatsae.data.render import render
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
@@ -97,7 +97,7 @@ def evaluate_tokens(
     """
     _check(saes, lm)
     full = lm.with_head()
-    dialogues, digest = _gather(_first(tokens, limit))
+    dialogues, digest = _gather(first(tokens, limit))
     check_tokens(full, dialogues)
     dialogues, keys = _sorted(dialogues)
     trunk = Trunk(full, sorted({sae.spec.layer for sae in saes.values()}), shortcuts=shortcuts)
@@ -293,16 +293,6 @@ def _check(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
 
 def _weights(seed: int | None) -> str:
     return "its own weights" if seed is None else f"random weights (seed {seed})"
-
-
-def _first(stream: Iterable[TokenBatch], limit: int | None) -> Iterator[TokenBatch]:
-    left = limit
-    for tokens in stream:
-        if left is not None and len(tokens) >= left:
-            yield tokens.select(range(left))
-            return
-        yield tokens
-        left = None if left is None else left - len(tokens)
 
 
 def _gather(stream: Iterator[TokenBatch]) -> tuple[TokenBatch, str]:

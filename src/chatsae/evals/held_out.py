@@ -11,11 +11,12 @@ from typing import Any
 
 from chatsae import console
 from chatsae.batch import Dialogue, Split, TokenBatch
-from chatsae.data.reading import Reading, Sample, read, samples
+from chatsae.data.reading import Reading, Sample, samples
 from chatsae.data.render import render
 from chatsae.data.sources import Source, resolve
 from chatsae.data.store.manifest import Manifest, source_facts
 from chatsae.data.store.prepared import Prepared
+from chatsae.data.store.splits import split_tokens
 from chatsae.data.stream import RowStream
 from chatsae.errors import UserError
 from chatsae.lm.load import LanguageModel
@@ -54,7 +55,7 @@ def held_out(
     data, max_length = run.config.data, run.config.data.max_length
     sources = tuple(sources) or run.config.eval.sources
     if not sources:
-        return HeldOut(list(_own(run, lm, "eval", limit, tally)), {})
+        return HeldOut(list(split_tokens(data, lm.tokenizer, "eval", limit=limit, tally=tally)), {})
     chosen = _chosen(run, sources, limit, tally)
     dialogues = (sample.item for sample in chosen if isinstance(sample.item, Dialogue))
     tokens = list(render(dialogues, lm.tokenizer, max_length=max_length, tally=tally))
@@ -75,24 +76,12 @@ def held_out(
 def fit_tokens(run: Run, lm: LanguageModel, n_tokens: int) -> Iterator[TokenBatch]:
     """Dialogues of the training split of a run's chat corpora, as many as have `n_tokens` tokens, each fed whole."""
     left = n_tokens
-    for batch in _own(run, lm, _FIT, None, None):
+    for batch in split_tokens(run.config.data, lm.tokenizer, _FIT):
         before = batch.cu_seqlens[:-1]
         yield batch.select(range(int((before < left).sum())))
         left -= len(batch.input_ids)
         if left <= 0:
             return
-
-
-def _own(
-    run: Run, lm: LanguageModel, split: Split, limit: int | None, tally: Counter[str] | None
-) -> Iterator[TokenBatch]:
-    """A split of the corpora that the run itself has."""
-    data = run.config.data
-    if data.prepared:
-        prepared = Prepared(data.prepared, lm.tokenizer)
-        return prepared.batches(split=split, max_length=data.max_length, tally=tally)
-    dialogues = islice(read(*data.sources, split=split, order=data.order, tally=tally), limit)
-    return render(dialogues, lm.tokenizer, max_length=data.max_length, tally=tally)
 
 
 def _chosen(run: Run, sources: Sequence[str], limit: int, tally: Counter[str] | None) -> list[Sample]:

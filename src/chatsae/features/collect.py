@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from chatsae import console
-from chatsae.batch import TokenBatch
+from chatsae.batch import TokenBatch, first
 from chatsae.config import Way
 from chatsae.errors import UserError
 from chatsae.features.firings import digest, firings
@@ -60,12 +60,7 @@ def gather(stream: Iterable[TokenBatch], limit: int | None = None) -> TokenBatch
     Raises:
         UserError: there is none.
     """
-    batches: list[TokenBatch] = []
-    left = limit
-    for tokens in stream:
-        batches.append(tokens if left is None or len(tokens) <= left else tokens.select(range(left)))
-        if left is not None and (left := left - len(batches[-1])) <= 0:
-            break
+    batches = list(first(stream, limit))
     if not sum(map(len, batches)):
         raise UserError("there is no dialogue to look for contexts in")
     merged = TokenBatch.concat(batches)

@@ -2,19 +2,16 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from chatsae import console
 from chatsae.batch import TokenBatch
 from chatsae.config import RunConfig
-from chatsae.data.reading import read
-from chatsae.data.render import render
-from chatsae.data.store.prepared import Prepared
+from chatsae.data.store.splits import split_tokens
 from chatsae.errors import UserError
 from chatsae.features.build import build, check_index, show
 from chatsae.features.collect import Reading, gather
@@ -160,16 +157,8 @@ def interpretation_split(
     Raises:
         UserError: they cannot be read, or there is none.
     """
-    return gather(_stream(config, lm, limit, tally), limit)
-
-
-def _stream(config: RunConfig, lm: LanguageModel, limit: int, tally: Counter[str] | None) -> Iterator[TokenBatch]:
-    data = config.data
-    if data.prepared and not config.eval.sources:
-        return Prepared(data.prepared, lm.tokenizer).batches(split=_SPLIT, max_length=data.max_length, tally=tally)
-    sources = config.eval.sources or data.sources
-    dialogues = islice(read(*sources, split=_SPLIT, order=data.order, tally=tally), limit)
-    return render(dialogues, lm.tokenizer, max_length=data.max_length, tally=tally)
+    stream = split_tokens(config.data, lm.tokenizer, _SPLIT, sources=config.eval.sources, limit=limit, tally=tally)
+    return gather(stream, limit)
 
 
 def _read(path: Path, sae: SAE) -> FeatureStore | None:

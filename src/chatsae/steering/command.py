@@ -3,16 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from chatsae import console
 from chatsae.batch import Kind, Role, TokenBatch
 from chatsae.config import RunConfig
-from chatsae.data.reading import read
-from chatsae.data.render import render
-from chatsae.data.store.prepared import Prepared
+from chatsae.data.store.splits import split_tokens
 from chatsae.errors import UserError
 from chatsae.files import write_json
 from chatsae.lm.load import LanguageModel, load_model
@@ -49,21 +46,9 @@ def steer_split(
     """The first dialogues that a run holds out for steering, rendered.
 
     Raises:
-        UserError: they cannot be read, or there is none.
+        UserError: they cannot be read.
     """
-    data = config.data
-    if data.prepared and not config.eval.sources:
-        prepared = Prepared(data.prepared, lm.tokenizer)
-        left = limit
-        for batch in prepared.batches(split="steer", max_length=data.max_length, tally=tally):
-            yield batch if len(batch) <= left else batch.select(range(left))
-            left -= len(batch)
-            if left <= 0:
-                return
-        return
-    sources = config.eval.sources or data.sources
-    dialogues = islice(read(*sources, split="steer", order=data.order, tally=tally), limit)
-    yield from render(dialogues, lm.tokenizer, max_length=data.max_length, tally=tally)
+    return split_tokens(config.data, lm.tokenizer, "steer", sources=config.eval.sources, limit=limit, tally=tally)
 
 
 def steer_run(path: Path, ask: Ask) -> tuple[dict[str, Any], str]:
