@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench docs tiny-chat report-images results parity end-to-end fuzz models synthetic clean
+.PHONY: help demo test check fix bench docs tiny-chat report-images results parity end-to-end fuzz models steering audit synthetic clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,7 +14,7 @@ demo: $(VENV)/.run ## train FAST, BT(F) and BT(P) SAEs on the bundled chat model
 	$(BIN)/chatsae demo
 
 test: $(VENV)/.dev ## run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.dev ## lint, format, types, generated docs
 	$(BIN)/ruff check .
@@ -46,6 +46,12 @@ report-images: $(VENV)/.dev ## redraw docs/img/report-*.png from the demo's page
 results: $(VENV)/.dev ## rebuild docs/results.md: four methods, three seeds, a sweep of coefficients (hours)
 	$(BIN)/python tools/results.py
 
+steering: $(VENV)/.dev ## rebuild the section on steering of docs/results.md from the runs of `make results` (minutes)
+	$(BIN)/python tools/steering_results.py
+
+audit: $(VENV)/.dev ## rebuild the example in docs/audit.md from a run of `make results` (a minute)
+	$(BIN)/python tools/audit_page.py runs/results/seed-42/fast
+
 synthetic: $(VENV)/.dev ## rebuild the tables of docs/synthetic.md: activations whose true features are known (a quarter of an hour)
 	$(BIN)/python tools/synthetic.py
 
@@ -58,7 +64,7 @@ models: $(VENV)/.dev ## rebuild docs/models.md: a small checkpoint of every fami
 fuzz: $(VENV)/.dev ## 200,000 damaged rows and files into normalise and the readers (under two minutes of CPU)
 	$(BIN)/python tools/fuzz.py
 
-parity: .venv-parity/.done ## compare step for step with the installed sae_lens
+parity: .venv-parity/.done ## compare step for step with the installed sae_lens, and steering vectors with repeng and neuronpedia
 	PYTHONPATH=src:tests .venv-parity/bin/python -m pytest -c tests/parity/pytest.ini -p no:cacheprovider tests/parity
 
 clean: ## remove the virtual environments
@@ -77,9 +83,10 @@ $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-.venv-parity/.done: tests/parity/requirements.txt
+.venv-parity/.done: tests/parity/requirements.txt tests/parity/requirements-vectors.txt
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet --requirement tests/parity/requirements.txt
+	.venv-parity/bin/python -m pip install --quiet --no-deps --requirement tests/parity/requirements-vectors.txt
 	@touch $@
 
 .venv-peers/.done: tests/parity/requirements.txt bench/sae_step_requirements.txt

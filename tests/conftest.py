@@ -9,13 +9,16 @@ from jaxtyping import install_import_hook
 
 install_import_hook(
     [
+        "chatsae.audit",
         "chatsae.batch",
         "chatsae.buffer",
         "chatsae.evals",
         "chatsae.features",
         "chatsae.lm",
         "chatsae.sae",
+        "chatsae.serve",
         "chatsae.steering",
+        "chatsae.steersweep",
     ],
     "beartype.beartype",
 )

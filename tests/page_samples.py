@@ -5,7 +5,9 @@ from pathlib import Path
 
 from chatsae.evals.session import evaluate_run
 from chatsae.runs import Run
-from feature_samples import planted_run
+from chatsae.steering.command import Ask, steer_run
+from chatsae.steering.sweep_command import SweepAsk, sweep_run
+from feature_samples import TOKEN, planted_run
 
 HOSTILE = (
     "<script>window.owned = 1</script>",
@@ -36,3 +38,14 @@ def hostile_run(folder: Path, model: Path) -> Path:
         run.log({"step": step, "tokens": 100 * step, "saes": saes})
     evaluate_run(path, dialogues=8)
     return path
+
+
+QUESTIONS = (f"Hi {HOSTILE[0]}", "Number 3")
+
+
+def steer(run: Path) -> tuple[dict, dict]:
+    """Examples and a sweep of steering with the feature of `<|im_end|>`, as the commands write them into a run."""
+    asked = {"feature": TOKEN, "prompts": QUESTIONS, "max_new_tokens": 6}
+    examples, _ = steer_run(run, Ask(alphas=("0", "1", "auto"), **asked))
+    sweep, _, _ = sweep_run(run, SweepAsk(alphas=("0", "0.5", "2", "8"), relative=(), **asked))
+    return examples, sweep

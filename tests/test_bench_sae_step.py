@@ -132,7 +132,10 @@ def test_what_is_measured_by_default_and_with_flags():
         (["--architectures", "topk"], "architectures: expected standard or jumprelu, got 'topk'"),
         (["--rounds", "-1"], "rounds: expected a number of rounds, or 0 for the default, got -1"),
         (["--peer", "no/python"], "peer: no/python is no file; a Python interpreter that has one of the peers"),
-        (["--peer", sys.executable], f"peer: {sys.executable} cannot be used: it has none of sae_lens"),
+        (
+            ["--peer", sys.executable],
+            f"peer: {sys.executable} is no Python interpreter that has one of the peers: it has none of sae_lens",
+        ),
     ],
 )
 def test_a_bad_flag_is_one_line(capsys, flags, message):

@@ -7,11 +7,13 @@ import pytest
 
 from chat_tokenizer import chat_tokenizer
 from chatsae.errors import UserError
-from chatsae.features.calibration import EXPECTED, Pack, calibrate, make_pack, share, summary
+from chatsae.features.calibration import EXPECTED, Pack, calibrate, make_pack, summary
+from chatsae.features.controls import Control
 from chatsae.features.patterns.background import Background, random_contexts
 from chatsae.features.patterns.families import patterns_of
 from chatsae.features.patterns.judge import PatternJudge
 from chatsae.features.records import Feature
+from chatsae.features.scores import share
 from chatsae.features.text import TokenText
 from chatsae.features.verdict import Verdict
 from chatsae.statistics import quadratic_kappa
@@ -67,7 +69,10 @@ def test_the_pattern_judge_is_calibrated(background: Background) -> None:
     found = calibrate(PatternJudge(background), pack(background, planted=6, nulls=40))
     assert found["accuracy"]["share"] >= 0.95
     assert found["planted_kappa"] > 0.95
-    assert found["retest_kappa"] == 1
+    assert (found["retest_kappa"], found["retest_kappa_interval"]) == (1, [1, 1])
+    low, high = found["planted_kappa_interval"]
+    assert 0.85 < low <= found["planted_kappa"] <= high <= 1
+    assert found["controls"] == {}
     assert found["false_positives"]["random"]["n"] == 0
     assert found["false_positives"]["shuffled"]["share"] == 1  # three features that are alike: nothing to tell apart
     assert 1 <= found["null_mean"]["random"] <= 2
@@ -78,12 +83,34 @@ def test_a_guess_is_found_out(background: Background) -> None:
     found = calibrate(Guess(), pack(background, planted=12, nulls=40))
     assert found["accuracy"]["interval"][1] < 0.5
     assert abs(found["retest_kappa"]) < 0.5
+    low, high = found["retest_kappa_interval"]
+    assert -1 <= low < found["retest_kappa"] < high < 0.8
     assert found["false_positives"]["random"]["interval"][0] > 0.3
     assert found["without_score"] == sum(f.index % 10 == 0 for f in _all(pack(background, planted=12, nulls=40)))
 
 
 def _all(made: Pack) -> list[Feature]:
     return [*(p.feature for p in made.planted), *made.random, *made.shuffled]
+
+
+def test_controls_are_judged_and_set_against_the_sae(background: Background) -> None:
+    ends = [c for c in background.contexts if c.tokens[c.peak] == "<|im_end|>"]
+    alike = [Feature(i, 0.01, 1.0, tuple(ends[20 * i : 20 * i + 20]), (), (), ()) for i in range(3)]
+    alone = Feature(9, 0.01, 1.0, alike[0].contexts[:2], (), (), ())
+    drawn = pack(background, nulls=12).random
+    control = Control("random_directions", "how", (*drawn, alike[0], alone), {"sae": [1.0], "control": None})
+    judge = PatternJudge(background)
+    found = calibrate(judge, pack(background, nulls=12), [control])
+    own = found["controls"]["random_directions"]
+    assert (own["what"], own["run"], own["density"]) == ("how", None, {"sae": [1.0], "control": None})
+    assert [v["feature"] for v in own["verdicts"]] == [f.index for f in control.features]
+    assert own["summary"]["without_score"] == {"2 contexts, at least 5 are needed": 1}
+    assert (own["summary"]["high"]["n"], own["false_positives"]["n"], own["summary"]["n"]) == (1, 1, 13)
+    above = summary(list(judge.verdicts(alike, n_contexts=20)), found)["above"]
+    assert set(above) == {"random", "shuffled", "random_directions"}
+    assert above["random_directions"]["high"]["difference"] == pytest.approx(1 - 1 / 13)
+    assert above["random_directions"]["mean"]["difference"] == pytest.approx(5 - own["summary"]["mean"])
+    assert above["shuffled"]["high"]["difference"] == 0
 
 
 def test_a_small_background_cannot_calibrate(background: Background) -> None:
@@ -97,9 +124,11 @@ def test_a_small_background_cannot_calibrate(background: Background) -> None:
 def test_a_summary_counts_what_has_no_score() -> None:
     scores = [5.0, 4.0, 4.0, 2.0, 1.0, None, None]
     verdicts = [Verdict(i, "x", 20, 0, s, None if s else "refused") for i, s in enumerate(scores)]
-    found = summary(verdicts, {"null_mean": {"random": 1.2}})
+    found = summary(verdicts, {"null_scores": {"random": [1.0, 1.0, 1.6]}, "controls": {}})
     assert (found["n"], found["mean"], found["counts"]) == (5, 3.2, {"1": 1, "2": 1, "3": 0, "4": 2, "5": 1})
     assert found["above_null"] == pytest.approx(2.0)
+    assert found["above"]["random"]["mean"]["difference"] == pytest.approx(2.0)
+    assert found["above"]["random"]["high"]["difference"] == pytest.approx(0.6)
     assert found["without_score"] == {"refused": 2}
     assert (found["high"]["n"], found["high"]["of"]) == (3, 5)
     nothing = summary(verdicts[-2:])

@@ -203,6 +203,13 @@ def test_norm_sinks_are_found_whatever_the_order_and_carry_what_they_carry() -> 
         assert rows[1][name] == pytest.approx(row[name], rel=1e-9)
 
 
+@given(st.lists(st.lists(st.booleans(), max_size=6), min_size=1, max_size=5))
+def test_marks_are_counted_anew_in_each_sequence(marks: list[list[bool]]) -> None:
+    flat = torch.tensor([mark for row in marks for mark in row], dtype=torch.bool)
+    expected = [sum(row[: i + 1]) for row in marks for i in range(len(row))]
+    assert tokens_of(list(map(len, marks))).begun(flat).tolist() == expected
+
+
 def test_turns_begin_with_the_messages() -> None:
     R = Role
     roles = [R.NONE, R.DEFAULT_SYSTEM, R.USER, R.USER, R.NONE, R.ASSISTANT, R.USER, R.NONE, R.USER]

@@ -24,17 +24,20 @@ from chatsae.cli import main
 from chatsae.errors import UserError
 from chatsae.evals.report import Report
 from chatsae.evals.schema import FIGURES, VERSION
+from chatsae.exporting import directory, identifier
 from chatsae.features.collect import Reading
 from chatsae.features.export import delphi, neuronpedia, saebench, saedashboard, schemas
 from chatsae.features.export.command import Wanted, export
-from chatsae.features.export.subject import Explanation, Names, Subject, identifier, printable
-from chatsae.features.export.writing import directory, in_batches
+from chatsae.features.export.subject import Explanation, Names, Subject, printable
+from chatsae.features.export.writing import in_batches
 from chatsae.features.judging import SCHEMA_VERSION
-from chatsae.features.records import Context, Feature, Options
+from chatsae.features.records import Context, Feature
 from chatsae.features.store import FeatureStore
 from chatsae.features.verdict import Verdict
 from chatsae.lm.load import LanguageModel
-from feature_samples import DEAD, FIRST, RARE, START, TOKEN, TWICE, plain_model, planted, planted_run, rendered, said
+from feature_samples import DEAD, FIRST, RARE, START, TOKEN, TWICE, planted, planted_run
+
+pytest_plugins = ["feature_fixtures"]
 
 NAME = "L1-1x-standard"
 WHEN = datetime(2030, 1, 2, 3, 4, 5, 678_000, tzinfo=UTC)
@@ -82,27 +85,6 @@ BULK_SCHEMAS = {
     "sourceset": schemas.BULK_SOURCE_SET,
     "release": schemas.BULK_RELEASE,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return plain_model(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture(scope="module")
-def lm(model: Path) -> LanguageModel:
-    return LanguageModel(model, [1], head=True)
-
-
-@pytest.fixture(scope="module")
-def tokens(lm: LanguageModel) -> TokenBatch:
-    return rendered(lm)
-
-
-@pytest.fixture(scope="module")
-def store(lm: LanguageModel) -> FeatureStore:
-    options = Options(features=(TOKEN, START, RARE, FIRST, DEAD, TWICE), kept=9, contexts=8, sampled=5, window=16)
-    return chatsae.contexts({NAME: planted(lm)}, lm, said(30), options=options)[NAME]
 
 
 @pytest.fixture

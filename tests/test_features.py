@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import chatsae
-from chatsae.batch import Dialogue, Kind, Message, Role, TokenBatch
+from chatsae.batch import Dialogue, Kind, Message, Role
 from chatsae.cli import main
 from chatsae.data.render import render
 from chatsae.errors import UserError
@@ -24,31 +24,12 @@ from chatsae.features.records import Options
 from chatsae.features.session import Ask, feature_stores
 from chatsae.features.store import FeatureStore
 from chatsae.lm.load import LanguageModel
-from feature_samples import DEAD, FIRST, RARE, START, TOKEN, TWICE, plain_model, planted, planted_run, rendered, said
+from feature_samples import DEAD, FIRST, RARE, START, TOKEN, TWICE, planted, planted_run, rendered, said
 from shared_data import shared_data
 
+pytest_plugins = ["feature_fixtures"]
+
 NAME = "L1-1x-standard"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return plain_model(tmp_path_factory.mktemp("plain"))
-
-
-@pytest.fixture(scope="module")
-def lm(model: Path) -> LanguageModel:
-    return LanguageModel(model, [1], head=True)
-
-
-@pytest.fixture(scope="module")
-def tokens(lm: LanguageModel) -> TokenBatch:
-    return rendered(lm)
-
-
-@pytest.fixture(scope="module")
-def store(lm: LanguageModel) -> FeatureStore:
-    options = Options(features=(TOKEN, START, RARE, FIRST, DEAD, TWICE), kept=9, contexts=8, sampled=5, window=16)
-    return chatsae.contexts({NAME: planted(lm)}, lm, said(30), options=options)[NAME]
 
 
 @pytest.fixture

@@ -395,6 +395,10 @@ def test_kill_9_and_the_same_command_asks_only_what_is_missing(run, capsys):
         (["--repeat", "0"], "--repeat must be at least 1"),
         (["--budget", "nan"], "--budget must be at least 0"),
         (["--judge", "openai", "--model", "m", "--params", "[]"], "--params must be a JSON object"),
+        (
+            ["--judge", "openai", "--model", "m", "--params", '{"api_key": "x"}'],
+            "--params holds api_key; a key",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_with_the_flag(run, flags, message, capsys):

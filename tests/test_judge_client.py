@@ -327,3 +327,21 @@ def test_no_key_in_a_cache_or_an_answer(tmp_path, monkeypatch):
     for path in Path(tmp_path).rglob("*"):
         assert KEY.encode() not in path.read_bytes()
     assert served.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+def test_no_part_of_a_key_in_what_is_odd_about_an_answer(tmp_path, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    odd = {"choices": [{"finish_reason": f"by {KEY}", "message": {"content": "yes"}}]}
+    odd["usage"] = {"prompt_tokens": f"{KEY}", "completion_tokens": True}
+    with serve(lambda body, n: Reply(odd)) as served:
+        cache = Cache(tmp_path / "cache.sqlite")
+        asker = Asker(client(served, api_key_env="JUDGE_KEY"), cache, prices=Prices(1.0, 1.0))
+        assert asker.ask(asked()) == Answer("yes", None, "by [redacted]", None, None)
+        cache.close()
+        assert asker.usage.estimated == 1
+    assert KEY.encode() not in (tmp_path / "cache.sqlite").read_bytes()
+    broken = Reply(b"x" * 195 + KEY.encode())  # the text is cut inside the key
+    with serve(lambda body, n: broken) as served, pytest.raises(UserError) as raised:
+        client(served, api_key_env="JUDGE_KEY").complete(asked())
+    assert "no chat completion" in str(raised.value)
+    assert KEY[:5] not in str(raised.value)

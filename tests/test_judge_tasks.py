@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from chatsae.cli import main
 from chatsae.features.collect import Reading
 from chatsae.features.judge.asking import Asker
+from chatsae.features.judge.client import Answer, Request
+from chatsae.features.judge.local import LocalHF
 from chatsae.features.judge.openai import OpenAICompat
 from chatsae.features.judge.tasks import (
     POOL,
@@ -182,10 +184,29 @@ def test_tasks_run_from_the_command_line(model, tmp_path, capsys):
         assert len(served.bodies) == n
     assert main(["judge", str(run), "--also", "intruder"]) == 2
     assert "--also needs a language model" in capsys.readouterr().err
-    assert main(["judge", str(run), "--judge", "local", "--model", str(model), "--also", "detection"]) == 2
-    assert "needs explanations" in capsys.readouterr().err
-    capsys.readouterr()
-    assert main(["judge", str(run), "--judge", "local", "--model", str(model), "--contexts", "5", "--json"]) == 0
+    command = ["judge", str(run), "--judge", "local", "--model", str(model), "--contexts", "5", "--json"]
+    assert main([*command, "--also", "detection"]) == 0
     local = json.loads(capsys.readouterr().out)[NAME]
     assert all("longer than the context" in v["reason"] for v in local["verdicts"])  # of 256 tokens
     assert local["summary"]["n"] == 0
+    assert local["detection"]["without_score"] == {"no explanation": len(local["verdicts"])}
+
+
+def test_a_local_model_explains_where_detection_needs_it(model, tmp_path, capsys, monkeypatch):
+    class Told(LocalHF):
+        """Says what it is told; its scores are the model's own."""
+
+        def complete(self, request: Request) -> Answer:
+            form = request.messages[-1]["content"]
+            return Answer('{"active": [1, 2]}' if '"active"' in form else '{"explanation": "ends", "score": 4}')
+
+    monkeypatch.setattr("chatsae.features.judge.command.LocalHF", Told)
+    run = planted_run(tmp_path / "here", model)
+    command = ["judge", str(run), "--judge", "local", "--model", str(model), "--contexts", "5", "--features", "3"]
+    assert main([*command, "--controls", "0", "--also", "detection", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)[NAME]
+    assert [v["explanation"] for v in found["verdicts"]] == [""] * 3
+    assert set(found["detection"]["explanations"].values()) == {"ends"}
+    rows = found["detection"]["scores"]
+    assert found["detection"]["n"] == sum(row["score"] is not None for row in rows) > 0
+    assert all(row["reason"] in (None, "too few windows") for row in rows)

@@ -220,10 +220,59 @@ def _parsed(html: str) -> list[tuple[str, dict]]:
 def test_the_program_is_small_and_never_writes_markup() -> None:
     folder = Path(page.__code__.co_filename).parent
     program = "".join((folder / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    assert len(program.encode()) < 60_000
+    assert len(program.encode()) < 80_000
     assert not re.search(
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|fetch\(|XMLHttp|import\(", program
     )
+
+
+def colours() -> dict[str, dict[str, tuple[float, ...]]]:
+    """The colours of each theme by name, as red, green and blue of 0 to 1."""
+    style = Path(page.__code__.co_filename).with_name("page.css").read_text(encoding="utf-8")
+    themes = re.findall(r":root(\[data-theme=\"dark\"\])? \{(.*?)\}", style, re.DOTALL)
+    found = {}
+    for dark, body in themes[:2]:
+        given_ = re.findall(r"--(\w[\w-]*): #([0-9a-f]{3,6});", body)
+        whole = {name: code if len(code) == 6 else "".join(2 * c for c in code) for name, code in given_}
+        found["dark" if dark else "light"] = {
+            name: tuple(int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)) for name, code in whole.items()
+        }
+    return found
+
+
+def linear(colour: tuple[float, ...]) -> np.ndarray:
+    values = np.array(colour)
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE 1976 L*a*b* (D65) of linear red, green and blue."""
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = to_xyz @ np.clip(rgb, 0, 1) / [0.9505, 1, 1.089]
+    f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+DICHROMATS = {  # Machado, Oliveira and Fernandes 2009, severity 1
+    "none": np.eye(3),
+    "protan": np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]),
+    "deutan": np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]),
+    "tritan": np.array([[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]]),
+}
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_text_has_contrast_and_runs_are_told_apart_by_the_colour_blind(theme: str) -> None:
+    given_ = {name: linear(colour) for name, colour in colours()[theme].items()}
+    light = {name: float(rgb @ [0.2126, 0.7152, 0.0722]) + 0.05 for name, rgb in given_.items()}
+    for text in ("ink", "soft", "accent", "warn", "s0", "s1", "s2", "s3", "r1", "r3", "r4", "r5"):
+        for ground in ("paper", "back") if text in ("ink", "soft", "accent") else ("paper",):
+            ratio = max(light[text], light[ground]) / min(light[text], light[ground])
+            assert ratio >= 4.5, (text, ground, ratio)  # WCAG 2, AA
+    for eyes, matrix in DICHROMATS.items():
+        seen = [lab(matrix @ given_[name]) for name in ("s0", "s1", "s2")]
+        nearest = min(float(np.linalg.norm(a - b)) for i, a in enumerate(seen) for b in seen[:i])
+        assert nearest > 20, (eyes, nearest)
 
 
 def test_512_features_with_20_contexts_are_less_than_3_mb() -> None:
@@ -285,20 +334,6 @@ def test_what_is_missing_is_said_and_not_made(run: Path, tmp_path: Path) -> None
     assert (sae["features"], sae["sample"], sae["figures"], sae["judges"]) == (None, None, None, [])
     assert sae["how"] == f"chatsae report {bare} --sae {SAE}"
     assert not (bare / "features").exists()
-
-
-def test_steering_examples_are_read_and_others_counted(run: Path, tmp_path: Path) -> None:
-    import shutil
-
-    own = tmp_path / "steered"
-    shutil.copytree(run, own)
-    (own / "steer").mkdir()
-    example = {"label": "+8", "prompt": "Hi", "base": "Hello", "steered": "<b>Zero</b>"}
-    (own / "steer" / "a.json").write_text(json.dumps({"sae": SAE, "feature": 2, "examples": [example]}))
-    (own / "steer" / "b.json").write_text("[]")
-    sae = page_data(find_runs([own]), Wanted(build=False))["saes"][0]
-    assert sae["steering"] == {"2": [example]}
-    assert sae["steering_left_out"] == {"steering files of another shape": 1}
 
 
 def test_the_verb_writes_the_page_of_a_directory_of_runs(

@@ -102,6 +102,44 @@ def test_switching_back_and_forth_changes_nothing(architecture, form, apply_b_de
     assert_same_state(plain, both, 1e-12)
 
 
+@pytest.mark.parametrize("form", ["paper", "v6"])
+@pytest.mark.parametrize("name", ["W_enc", "W_dec"])
+@pytest.mark.parametrize("replaced", [False, True])
+def test_weights_that_others_change_between_steps_are_read_again(form, name, replaced, monkeypatch):
+    """The step keeps norms of the decoder's rows and a narrow copy of the encoder beside the weights."""
+    monkeypatch.setattr(pairs, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(pairs, "_SCREENED", 1.0)
+    like = {"d_in": 40, "dtype": torch.float32, "shift": -1.0 if form == "paper" else -0.2}
+    plain, fast = (fresh("standard", form, True, step=step, **like) for step in ("plain", "fast"))
+    for k in range(0, 15, 3):
+        for state in (plain, fast):
+            weight, noise = getattr(state.sae, name), torch.randn(40, 160, generator=torch.Generator().manual_seed(k))
+            changed = 1.5 * weight.detach() + 0.02 * noise.view(weight.shape)
+            if replaced:
+                weight.data = changed
+            else:
+                with torch.no_grad():
+                    weight.copy_(changed)
+        for a, b in zip(go(plain, k, k + 3, n=48), go(fast, k, k + 3, n=48), strict=True):
+            assert 1 < a.l0.item() < 120
+            assert b.total.item() == pytest.approx(a.total.item(), rel=2e-5)
+            assert (a.firings - b.firings).abs().sum() <= 2  # a product that is rounded the other way
+
+
+@pytest.mark.parametrize("form", ["paper", "v6"])
+def test_dense_steps_leave_nothing_stale_to_the_sparse_ones(form, monkeypatch):
+    monkeypatch.setattr(pairs, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(pairs, "_SCREENED", 1.0)
+    like = {"d_in": 40, "dtype": torch.float32, "shift": -1.0 if form == "paper" else -0.2}
+    plain, both = (fresh("standard", form, True, step=step, **like) for step in ("plain", "auto"))
+    for k in range(0, 60, 10):
+        monkeypatch.setattr(choose, "CROSSOVER", 2.0 if k % 20 else 0.0)
+        for a, b in zip(go(plain, k, k + 10, n=48), go(both, k, k + 10, n=48), strict=True):
+            assert a.l0.item() > 1
+            assert b.total.item() == pytest.approx(a.total.item(), rel=1e-4)
+            assert (a.firings - b.firings).abs().sum() <= 3  # products that are rounded the other way
+
+
 def test_density_decides_with_a_margin(monkeypatch):
     monkeypatch.setattr(choose, "CROSSOVER", 0.1)
     state, took = fresh(step="auto"), []

@@ -20,7 +20,7 @@ from chatsae.cli import main
 from chatsae.config import DataConfig, RunConfig, sae_specs
 from chatsae.errors import UserError
 from chatsae.lm.harvest import Harvest
-from chatsae.lm.load import LanguageModel, load_tokenizer
+from chatsae.lm.load import LanguageModel, load_model, load_tokenizer
 from chatsae.recipe import load_recipe
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid
@@ -29,6 +29,7 @@ from chatsae.sae.interop import read_sparsity
 from chatsae.sae.step import make_state, train_step
 from chatsae.training import loop
 from chatsae.training.loop import make_states, train, train_states
+from chatsae.training.overlap import lm_share, overlaps, shared_threads
 from chatsae.training.pipeline import activations, token_batches
 from chatsae.training.schedule import lr_at
 from chatsae.training.session import train_run
@@ -492,3 +493,34 @@ def test_a_snapshot_holds_every_parameter_and_the_buffer(world):
             assert torch.equal(checkpoint.tensors[f"sae/{name}/sae.{parameter}"], value)
     assert any(k.startswith("buffer/") for k in checkpoint.tensors)
     assert os.path.basename(config.model.name) == "model"
+
+
+def test_reading_ahead_is_for_models_and_saes_of_like_size(world):
+    config = config_of(world)
+    lm = load_model(config.model)
+    before = torch.get_num_threads()
+
+    def one_of(factor: int, overlap: str = "auto") -> RunConfig:
+        sae = replace(config.sae, expansion_factors=(factor,))
+        return replace(config, sae=sae, harvest=replace(config.harvest, overlap=overlap))
+
+    shares = {factor: lm_share(one_of(factor), lm) for factor in (1, 8, 64, 512)}
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    weights = sum(p.numel() for block in list(lm.blocks)[: max(lm.layers) + 1] for p in block.parameters())
+    d_in, saes = lm.d_in, len(sae_specs(one_of(8).sae, layers=lm.layers, d_in=lm.d_in))
+    step = saes * d_in * 8 * d_in * (4 + 600 / config.train.batch_size)
+    assert shares[8] == pytest.approx(4 * weights / (4 * weights + step))
+    try:
+        torch.set_num_threads(4)
+        assert {factor for factor in shares if overlaps(one_of(factor), lm)} == {
+            factor for factor, share in shares.items() if 0.3 < share < 0.65
+        }
+        assert overlaps(one_of(512, "on"), lm)
+        with shared_threads(True, lm.device):
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 4
+        torch.set_num_threads(1)
+        assert not any(overlaps(one_of(factor), lm) for factor in shares)
+    finally:
+        torch.set_num_threads(before)
+    assert not overlaps(one_of(8, "off"), lm)

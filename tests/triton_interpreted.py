@@ -2,19 +2,19 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chatsae.sae import SAE, Losses, StepState, choose_gpu, init_sae, make_state, step_triton, train_step
+from chatsae.sae import SAE, Losses, StepState, choose_gpu, make_state, step_triton, train_step
 from chatsae.sae.base import normalize_rows_
 from chatsae.sae.choose_gpu import GpuSwitch
 from chatsae.sae.cuda import Outputs, Reading
 from chatsae.sae.step_triton import GpuStep, Route, Tiles
-from sae_samples import spec
+from step_samples import assert_same_state, half_active, x_at
+from step_samples import go as steps
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "triton reads it when it is imported"
 
@@ -56,48 +56,16 @@ def fresh(
     **options,
 ) -> StepState:
     """An SAE a few features of which are active on random inputs; without a route, in the plain step."""
-    s = replace(
-        spec(d_in, architecture=architecture, form=form, factor=factor),
-        apply_b_dec_to_input=apply_b_dec,
-        bandwidth=0.2,
-        init_threshold=0.15,
-        coefficient=0.3,
-    )
-    sae = init_sae(s, torch.Generator().manual_seed(0), dtype)
-    with torch.no_grad():
-        sae.b_enc.fill_(shift if form == "paper" else 0.08 if architecture == "jumprelu" else shift / 4)
-        sae.b_dec.normal_(generator=torch.Generator().manual_seed(1), std=0.1)
+    b_enc = shift if form == "paper" else 0.08 if architecture == "jumprelu" else shift / 4
+    sae = half_active(architecture, form, apply_b_dec, d_in=d_in, factor=factor, dtype=dtype, shift=b_enc)
     state = make_state(sae, step="plain")
     if route is not None:
         state.switch = Fixed(GpuStep(sae, state.optimizer, tiles=tiles, **options), route)
     return state
 
 
-def x_at(k: int, n: int = 8, d_in: int = 17, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(n, d_in, generator=torch.Generator().manual_seed(k), dtype=dtype)
-
-
 def go(state: StepState, first: int, last: int, n: int = 8) -> list[Losses]:
-    d_in, dtype = state.sae.spec.d_in, state.sae.W_enc.dtype
-    return [
-        train_step(
-            state,
-            x_at(k, n, d_in, dtype),
-            lr=3e-3 * min(1.0, (k + 1) / 10),
-            sparsity_scale=min(k / 10, 1.0),
-            clip_grad_norm=1.0,
-        )
-        for k in range(first, last)
-    ]
-
-
-def assert_same(a: StepState, b: StepState, tolerance: float) -> None:
-    left, right = a.state_dict(), b.state_dict()
-    for key, value in left.items():
-        if isinstance(value, torch.Tensor):
-            off = (value - right[key]).abs().max().item()
-            assert off <= tolerance * max(1.0, value.abs().max().item()), f"{key}: {off}"
-            assert value.dtype == right[key].dtype
+    return steps(state, first, last, n, lr_warmup=10, sparsity_warmup=10)
 
 
 @pytest.fixture
@@ -122,7 +90,7 @@ def test_20_steps_in_float64_are_those_of_the_plain_step(architecture, form, app
         clipped += a.mse.item() > 1
     assert 0.5 < active < 20
     assert clipped
-    assert_same(plain, fast, 1e-12)
+    assert_same_state(plain, fast, 1e-12)
     assert plain.steps_since_fired.equal(fast.steps_since_fired)
     assert plain.firing_counts.equal(fast.firing_counts)
 
@@ -133,7 +101,7 @@ def test_float32(route, roomy):
     for a, b in zip(go(plain, 0, 2), go(fast, 0, 2), strict=True):
         assert b.total.item() == pytest.approx(a.total.item(), rel=1e-5)
         assert b.total.dtype == b.firings.dtype == torch.float32
-    assert_same(plain, fast, 1e-5)
+    assert_same_state(plain, fast, 1e-5)
 
 
 @pytest.mark.parametrize(("architecture", "form", "apply_b_dec"), CASES[1:3])
@@ -149,7 +117,7 @@ def test_no_feature_active_and_all_of_them_more_than_there_is_room_for(architect
         assert b.l0.item() == (20 if shift > 0 else 0)
         assert b.total.item() == pytest.approx(a.total.item(), rel=1e-12)
         assert b.firings.equal(a.firings)
-    assert_same(plain, fast, 1e-12)
+    assert_same_state(plain, fast, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +131,7 @@ def test_shapes_that_fill_no_block(route, n, d_in, factor, roomy):
     assert b.total.item() == pytest.approx(a.total.item(), rel=1e-12)
     assert b.firings.equal(a.firings)
     assert a.firings.sum() > 0
-    assert_same(plain, fast, 1e-12)
+    assert_same_state(plain, fast, 1e-12)
 
 
 def test_weights_that_someone_else_moves_are_noticed():
@@ -184,7 +152,7 @@ def test_weights_that_someone_else_moves_are_noticed():
         made.switch = Fixed(again, "dense")
         (a,), (b,) = go(kept, k, k + 1), go(made, k, k + 1)
         assert a.total.equal(b.total), k
-    assert_same(kept, made, 0.0)
+    assert_same_state(kept, made, 0.0)
 
 
 def test_a_bfloat16_encoder_rounds_values_and_not_gradients(roomy):
@@ -202,7 +170,7 @@ def test_a_bfloat16_encoder_rounds_values_and_not_gradients(roomy):
     for a, b in zip(go(plain, 0, 4), go(fast, 0, 4), strict=True):
         assert b.total.item() == pytest.approx(a.total.item(), rel=1e-9)
         assert b.firings.equal(a.firings)
-    assert_same(plain, fast, 1e-9)
+    assert_same_state(plain, fast, 1e-9)
 
 
 @pytest.mark.parametrize(("route", "bad"), [("dense", float("inf")), ("folded", float("nan"))])
@@ -212,15 +180,15 @@ def test_input_that_is_not_a_number_is_reported_and_changes_nothing_from_then_on
     go(state, 0, 1)
     names = ("sae.", "adam.")
     before = {k: v.clone() for k, v in state.state_dict().items() if k.startswith(names)}
-    x = x_at(1)
+    x = x_at(1, 8, 17)
     x[3, 5] = bad
     numbers = {"lr": 1e-3, "sparsity_scale": 1.0, "clip_grad_norm": 1.0}
-    for batch in (x, x_at(2)):
+    for batch in (x, x_at(2, 8, 17)):
         assert train_step(state, batch, **numbers).total.isnan()
         for key, value in before.items():
             torch.testing.assert_close(state.state_dict()[key], value, rtol=0, atol=0, msg=key)
     state.load_state_dict({**state.state_dict(), "step": 1})
-    assert train_step(state, x_at(2), **numbers).total.isfinite()
+    assert train_step(state, x_at(2, 8, 17), **numbers).total.isfinite()
     assert not state.sae.b_enc.equal(before["sae.b_enc"])
 
 
@@ -237,12 +205,12 @@ def test_states_go_between_the_plain_step_and_this_one(tmp_path, roomy):
     move(plain, fast)
     go(plain, 3, 6)
     go(fast, 3, 6)  # three steps on moments that the plain one made
-    assert_same(plain, fast, 1e-12)
+    assert_same_state(plain, fast, 1e-12)
     back = fresh(*CASES[2])
     move(fast, back)
     go(back, 6, 8)
     go(plain, 6, 8)
-    assert_same(plain, back, 1e-12)
+    assert_same_state(plain, back, 1e-12)
 
 
 class Asks(TorchDispatchMode):
@@ -318,11 +286,11 @@ def test_a_graph_sees_new_inputs_rates_and_coefficients_through_tensors_alone(ro
     second = [go(state, 5, 6, n=5) for state in states]  # another shape: eager until it has a graph of its own
     for a, b in zip(first[0] + second[0], first[1] + second[1], strict=True):
         assert all(p.equal(q) for p, q in zip(a, b, strict=True))
-    assert_same(eager, graphed, 0.0)
+    assert_same_state(eager, graphed, 0.0)
     graphed.load_state_dict({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in eager.state_dict().items()})
     (a,), (b,) = (go(state, 6, 7) for state in states)
     assert a.total.equal(b.total)
-    assert_same(eager, graphed, 0.0)
+    assert_same_state(eager, graphed, 0.0)
     assert not graphed.switch.gpu._graphs._made, "the moments lie elsewhere now"
 
 
@@ -334,4 +302,4 @@ def test_without_graphs_where_they_cannot_be_made(capsys):
     go(state, 0, 5)
     go(plain, 0, 5)
     assert capsys.readouterr().err.count("without CUDA graphs: capture is not permitted") == 1
-    assert_same(plain, state, 1e-12)
+    assert_same_state(plain, state, 1e-12)

@@ -21,6 +21,8 @@ VERBS = (
     "report",
     "steer",
     "tokens",
+    "serve",
+    "audit",
     "show",
     "bench",
 )

@@ -37,6 +37,7 @@ from results_tables import (
     missing_sentence,
     ratio_table,
 )
+from steering_page import kept_section
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
@@ -167,6 +168,8 @@ Every SAE at its own weights, on random tokens of the held-out dialogues ({gsnr_
 A GSNR at the weights an SAE was trained to says how far it is from its optimum on these tokens as much as how clean its
 gradient is. [gsnr.md](gsnr.md) has the experiment that can be compared, all methods from the same weights on the same
 dialogues, and the attention leakage that the paper names as the cause.
+
+{kept_section()}
 """
 
 

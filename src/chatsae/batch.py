@@ -97,6 +97,12 @@ class TokenBatch:
         """Index of the sequence each token belongs to."""
         return torch.repeat_interleave(torch.arange(len(self)), self.lengths.long())
 
+    def begun(self, begins: Bool[Tensor, " N"]) -> Int[Tensor, " N"]:
+        """How many of the tokens marked are there in each token's sequence, up to and with it."""
+        count = begins.long().cumsum(0)
+        start = self.cu_seqlens[:-1].long()[self.sequence]
+        return count - (count - begins.long())[start]
+
     def select(self, sequences: Sequence[int]) -> "TokenBatch":
         """The given sequences, in the given order."""
         bounds = self.cu_seqlens.tolist()

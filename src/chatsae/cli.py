@@ -9,7 +9,10 @@ from typing import Annotated, Any, Literal, Union
 import tyro
 
 from chatsae import console
-from chatsae.cli_features import Export, Features, Judge, Report, Steer, Tokens
+from chatsae.cli_audit import Audit
+from chatsae.cli_features import Export, Features, Judge, Report
+from chatsae.cli_serve import Serve
+from chatsae.cli_steer import Steer, Tokens
 from chatsae.config import Method, RunConfig
 from chatsae.errors import UserError
 from chatsae.recipe import load_recipe
@@ -302,6 +305,8 @@ _VERBS = {
     "report": Report,
     "steer": Steer,
     "tokens": Tokens,
+    "serve": Serve,
+    "audit": Audit,
     "show": Show,
     "bench": Bench,
 }

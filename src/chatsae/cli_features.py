@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
 from chatsae import console
+from chatsae.errors import UserError
 
 
 @dataclass
@@ -83,11 +84,11 @@ class Judge:
 
     Finds the features' contexts first where they are missing (`chatsae features`); writes RUN/judge/SAE/JUDGE-N.json,
     N being --contexts. Answers of a model are kept in RUN/judge/cache.sqlite; the same command goes on where it
-    stopped.
+    stopped. Several runs are judged one after another, and their scores set side by side.
     """
 
-    run: tyro.conf.Positional[Path]
-    """Run directory."""
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, or a directory of runs (a demo)."""
     sae: tuple[str, ...] = ()
     """SAEs of the run by name; by default all."""
     judge: str = "pattern"
@@ -117,6 +118,11 @@ class Judge:
     also: tuple[Literal["detection", "intruder"], ...] = ()
     """detection: tell windows in which a feature is active from others, by its explanation (balanced accuracy).
     intruder: tell which of five contexts is not one of the feature's."""
+    controls: int | None = None
+    """Random directions that are judged beside an SAE's features, and features of a model with random weights; by
+    default 64, of openai and replay 20. 0: none."""
+    null_run: Path | None = None
+    """Run of the same recipe with model.random-weights; by default one beside RUN, if there is one."""
     dialogues: int | None = None
     """Dialogues of the interpretation split; by default as before, else 10,000."""
     seed: int = 0
@@ -141,19 +147,37 @@ class Judge:
 
 @dataclass
 class Export:
-    """Write a run's features or its evaluation in the formats of other tools (docs/exports.md); nothing is sent.
+    """Write a run's features, its evaluation or its steering in the formats of other tools; nothing is sent.
 
-    Features are those that have contexts; they are found first where they are missing (`chatsae features`).
+    docs/exports.md has the formats. Features are those that have contexts; they are found first where they are missing
+    (`chatsae features`). Steering is a constant at every token: --feature at --alpha, or --recipe.
     """
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
-    format: Literal["neuronpedia", "neuronpedia-bulk", "saedashboard", "delphi", "saebench"]
+    format: Literal[
+        "neuronpedia",
+        "neuronpedia-bulk",
+        "saedashboard",
+        "delphi",
+        "saebench",
+        "gguf",
+        "repeng",
+        "neuronpedia-vector",
+        "bias",
+    ]
     """neuronpedia: bodies of uploads, 128 features each. neuronpedia-bulk: JSONL files of a bulk import. saedashboard:
     its batch files. delphi: its cache of latents, for which the model reads the dialogues once. saebench: the result
-    of its core evaluation, from report.json."""
+    of its core evaluation, from report.json. Of steering: gguf: a control vector of llama.cpp. repeng: of repeng.
+    neuronpedia-vector: the body of a new vector. bias: the model itself, with the constant in a bias."""
+    feature: int | None = None
+    """Of steering: feature whose unit decoder row is added."""
+    alpha: float | None = None
+    """Of steering: strength, multiples of the unit decoder row as in `chatsae steer`; below 0 against it."""
+    recipe: Path | None = None
+    """Of steering: file of specs in place of --feature and --alpha (docs/steering.md)."""
     sae: str | None = None
-    """SAE of the run by name; by default all."""
+    """SAE of the run by name; by default all, of steering the only one."""
     out: Path | None = None
     """Directory to write to; by default RUN/exports/FORMAT."""
     features: int = 0
@@ -168,9 +192,18 @@ class Export:
     """Print what was written on stdout in place of the table."""
 
     def __call__(self) -> None:
-        from chatsae.features.export.command import Wanted, export
+        from chatsae.features.export import command as features
+        from chatsae.steering.export import command as steering
 
-        written, text = export(self.run, Wanted(**{each.name: getattr(self, each.name) for each in fields(Wanted)}))
+        steers = self.format in steering.FORMATS
+        others = ("features", "set_name", "creator_id") if steers else ("feature", "alpha", "recipe")
+        for each in fields(self):
+            if each.name in others and getattr(self, each.name) != each.default:
+                what = "steering has none" if steers else f"only {', '.join(steering.FORMATS)} take it"
+                raise UserError(f"--{each.name.replace('_', '-')}: {what}; leave it out with --format {self.format}")
+        wanted: Any = steering.Wanted if steers else features.Wanted
+        asked = wanted(**{each.name: getattr(self, each.name) for each in fields(wanted)})
+        written, text = steering.export_steering(self.run, asked) if steers else features.export(self.run, asked)
         console.result(written if self.json else text)
 
 
@@ -213,66 +246,3 @@ class Report:
             import webbrowser
 
             webbrowser.open(out.resolve().as_uri())
-
-
-@dataclass
-class Steer:
-    """Answer prompts with a feature of a run's SAE added to the residual stream, side by side over its strengths.
-
-    Each strength is shown in units of the layer's median norm and of the feature's maximum, with what it does to the
-    predictions of held-out answers (docs/steering.md); writes RUN/steer/SAE-FEATURE.json.
-    """
-
-    run: tyro.conf.Positional[Path]
-    """Run directory."""
-    feature: int
-    """Feature whose decoder row is added; `chatsae tokens` finds those of the template's tokens."""
-    alpha: tuple[str, ...] = ("0", "15", "25", "50", "100", "150", "200")
-    """Strengths, multiples of the unit decoder row, by default the paper's. auto: the largest within --bound."""
-    prompt: tuple[str, ...] = ()
-    """What the user asks; by default what three held-out dialogues ask."""
-    sae: str | None = None
-    """SAE of the run by name, where it has several."""
-    max_new_tokens: int = 64
-    """Tokens of an answer at most; greedy."""
-    bound: float = 0.5
-    """Of auto: mean KL(steered || unsteered) in nats over the tokens of 32 held-out answers."""
-    guard: bool = False
-    """Lower the strength of an answer that repeats itself, collapses or strays (docs/steering.md)."""
-    dialogues: int = 400
-    """Dialogues of the steering split that are read for the answers."""
-    json: bool = False
-    """Print what was found on stdout in place of the text."""
-
-    def __call__(self) -> None:
-        from chatsae.steering.command import Ask, steer_run
-
-        same = ("feature", "sae", "max_new_tokens", "bound", "guard", "dialogues")
-        ask = Ask(alphas=self.alpha, prompts=self.prompt, **{name: getattr(self, name) for name in same})
-        facts, text = steer_run(self.run, ask)
-        console.result(facts if self.json else text)
-
-
-@dataclass
-class Tokens:
-    """Find the features of the tokens that the chat template writes, as the paper's Tables 12-18 do.
-
-    Read on the dialogues held out for steering; writes RUN/special_tokens.json.
-    """
-
-    run: tyro.conf.Positional[Path]
-    """Run directory."""
-    sae: tuple[str, ...] = ()
-    """SAEs of the run by name; by default all."""
-    dialogues: int = 1000
-    """Dialogues of the steering split."""
-    top: int = 5
-    """Features of each token."""
-    json: bool = False
-    """Print JSON on stdout in place of the tables."""
-
-    def __call__(self) -> None:
-        from chatsae.steering.command import tokens_run
-
-        facts, text = tokens_run(self.run, saes=self.sae, dialogues=self.dialogues, top=self.top)
-        console.result(facts if self.json else text)

@@ -88,7 +88,8 @@ class HarvestConfig:
     on_nan: Literal["stop", "skip"] = "stop"
     """A dialogue with NaN or infinite activations stops the run, or is left out and counted."""
     overlap: Literal["auto", "on", "off"] = "auto"
-    """Read ahead in a thread while the SAEs train, to the same results; auto: where that is known to be faster."""
+    """Read ahead in a thread while the SAEs train, half of the threads for either, to the same results; auto: on a CPU
+    where model and SAEs have about as much to do."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

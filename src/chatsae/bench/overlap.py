@@ -65,7 +65,7 @@ class Training:
 
 
 def bench_overlap(config: RunConfig | None = None, *, steps: int = 0, rounds: int = ROUNDS) -> BenchResult:
-    """Trainings that take turns: sequential and overlapped, with one thread for an operation and with all of them.
+    """Trainings that take turns: sequential and overlapped, with all threads for an operation and with half of them.
 
     They start with a full buffer. `steps` of each part (0: 300); by default the demo's recipe is trained. `threads` are
     those of an operation of torch, in the step and in the model alike: overlapped, twice as many are at work.
@@ -81,7 +81,7 @@ def bench_overlap(config: RunConfig | None = None, *, steps: int = 0, rounds: in
     before = torch.get_num_threads()
     trainings: list[Training] = []
     try:
-        for threads in sorted({before, 1}, reverse=True):
+        for threads in sorted({before, max(before // 2, 1)}, reverse=True):
             trainings += [_start(config, lm, how, way, threads) for way in _WAYS]
         with console.progress("overlap", rounds * len(trainings)) as advance:
             for r in range(rounds):

@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,42 @@ def find_interpreter(asked: Path | None) -> Path | None:
     Raises:
         UserError: the one asked for is no Python, or has no sae_lens.
     """
+    return chosen_interpreter(asked, _BESIDE, "sae_lens", _problem)
+
+
+def chosen_interpreter(
+    asked: Path | None, beside: Path, what: str, problem_of: Callable[[Path], str | None]
+) -> Path | None:
+    """The interpreter asked for, or the one beside the sources; None where that is missing or has a problem.
+
+    Raises:
+        UserError: the one asked for is no file, or has a problem; `what` is what it should have.
+    """
     if asked is None:
-        return _BESIDE if _BESIDE.is_file() and _problem(_BESIDE) is None else None
+        return beside if beside.is_file() and problem_of(beside) is None else None
     if not asked.is_file():
-        raise UserError(f"peer: {asked} is no file; a Python interpreter that has sae_lens is expected")
-    problem = _problem(asked)
+        raise UserError(f"peer: {asked} is no file; a Python interpreter that has {what} is expected")
+    problem = problem_of(asked)
     if problem is not None:
-        raise UserError(f"peer: {asked} is no Python interpreter that has sae_lens: {problem}")
+        raise UserError(f"peer: {asked} is no Python interpreter that has {what}: {problem}")
     return asked
+
+
+def answer(python: Path, code: str) -> tuple[str, str | None]:
+    """What an interpreter prints for a line of code, and why it does not."""
+    try:
+        done = subprocess.run([str(python), "-I", "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", str(error)
+    if done.returncode:
+        return "", (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()[-1]
+    return done.stdout.strip(), None
 
 
 def _problem(python: Path) -> str | None:
     """Why this is no interpreter with sae_lens."""
-    command = [str(python), "-I", "-c", "from importlib.metadata import version; print(version('sae-lens'))"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    if done.returncode:
-        return (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()[-1]
-    return None if done.stdout.strip() else "it prints no version"
+    printed, problem = answer(python, "from importlib.metadata import version; print(version('sae-lens'))")
+    return problem or (None if printed else "it prints no version")
 
 
 class Peer:

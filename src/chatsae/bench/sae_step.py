@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from chatsae import console
+from chatsae.bench.peer import answer, chosen_interpreter
 from chatsae.bench.result import BenchResult, Claim
 from chatsae.bench.step_cases import LR, Case, Matrix, Start, make_start
 from chatsae.bench.step_limits import COUNTED, Limits, timed
@@ -232,27 +233,20 @@ def _interpreter(asked: Path | None) -> Path | None:
     Raises:
         UserError: the one asked for is no Python, or lacks what is needed.
     """
-    if asked is None:
-        return _BESIDE if _BESIDE.is_file() and _problem(_BESIDE) is None else None
-    if not asked.is_file():
-        raise UserError(f"peer: {asked} is no file; a Python interpreter that has one of the peers is expected")
-    problem = _problem(asked)
-    if problem is not None:
-        raise UserError(f"peer: {asked} cannot be used: {problem}")
-    return asked
+    return chosen_interpreter(asked, _BESIDE, "one of the peers", _problem)
 
 
 def _problem(python: Path) -> str | None:
     """Why this is no interpreter that can run the benchmark with a peer."""
     names = [*_NEEDS, *MODULES]
     code = f"import json, importlib.util as u; print(json.dumps([n for n in {names!r} if u.find_spec(n) is None]))"
+    printed, problem = answer(python, code)
+    if problem is not None:
+        return problem
     try:
-        done = subprocess.run([str(python), "-I", "-c", code], capture_output=True, text=True, timeout=60, check=False)
-        missing = json.loads(done.stdout) if done.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired, json.JSONDecodeError) as error:
+        missing = json.loads(printed)
+    except json.JSONDecodeError as error:
         return str(error)
-    if missing is None:
-        return (done.stderr.strip() or f"it ended with code {done.returncode}").splitlines()[-1]
     if set(missing) >= set(MODULES):
         return f"it has none of {', '.join(MODULES)}"
     needed = [name for name in missing if name in _NEEDS]

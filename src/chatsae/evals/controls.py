@@ -119,7 +119,7 @@ def random_sae(sae: SAE, moments: Moments, l0: float, x: Float[Tensor, "N D"], *
     return made, f"{text}, mean on {moments.n:,} of the training split"
 
 
-def _threshold(chunks: Sequence[Float[Tensor, "n D"]], W_dec: Float[Tensor, "F D"], active: int) -> float:
+def _threshold(chunks: Sequence[Float[Tensor, "_ D"]], W_dec: Float[Tensor, "F D"], active: int) -> float:
     """What exactly `active` of all pre-activations exceed."""
     highest = W_dec.new_empty(0)
     for chunk in chunks:

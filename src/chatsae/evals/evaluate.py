@@ -25,7 +25,7 @@ from chatsae.evals.reconstruction import TOKEN_SUMS, Labelled, Reconstruction, S
 from chatsae.evals.report import DialogueSums, Report
 from chatsae.evals.resume import Trunk, tolerance
 from chatsae.evals.sample import TokenSample, gsnr_figures
-from chatsae.lm.forward import Broken, check_tokens
+from chatsae.lm.forward import broken_sequences, check_tokens
 from chatsae.lm.harvest import isolation_error, plan
 from chatsae.lm.load import LanguageModel
 from chatsae.sae.base import SAE
@@ -276,11 +276,7 @@ def _check(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
     if not saes:
         raise UserError("there is no SAE to evaluate")
     for name, sae in saes.items():
-        if sae.spec.d_in != lm.d_in:
-            raise UserError(
-                f"{name}: d_in is {sae.spec.d_in}, the residual stream of {lm.name} has {lm.d_in}; "
-                "is it an SAE of another model?"
-            )
+        lm.check_width(name, sae.spec.d_in)
         if not 0 <= sae.spec.layer < lm.n_layers:
             raise UserError(f"{name}: layer is {sae.spec.layer}, {lm.name} has layers 0..{lm.n_layers - 1}")
         trained_on = sae.metadata.get("model_name")
@@ -320,13 +316,8 @@ def _sorted(tokens: TokenBatch) -> tuple[TokenBatch, list[str]]:
 
 
 def _check_finite(x: Float[Tensor, "N D"], layer: int, tokens: TokenBatch) -> None:
-    broken = ~torch.isfinite(x).all(dim=-1)
-    if not bool(broken.any()):
-        return
-    i = int(tokens.sequence[int(broken.cpu().int().argmax())])
-    start, stop = tokens.cu_seqlens[i : i + 2].tolist()
-    where = Broken(i, tokens.names[i], layer, int(broken[start:stop].sum()), stop - start)
-    raise UserError(f"{where}; try model.dtype float32")
+    for broken in broken_sequences((layer,), x[None], tokens):
+        raise UserError(f"{broken}; try model.dtype float32")
 
 
 def _real(tokens: TokenBatch) -> Bool[Tensor, "B T"]:

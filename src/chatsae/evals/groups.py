@@ -74,10 +74,7 @@ def turns(tokens: TokenBatch) -> Int[Tensor, " N"]:
 
     A turn ends where the role changes; tokens that belong to no role stay in the turn before them.
     """
-    begins = _begins(tokens, tokens.role.long())
-    count = begins.long().cumsum(0)
-    start = tokens.cu_seqlens[:-1].long()[tokens.sequence]
-    return count - (count - begins.long())[start]
+    return tokens.begun(_begins(tokens, tokens.role.long()))
 
 
 def norm_bins(norm: Float[Tensor, " N"]) -> Int[Tensor, " N"]:

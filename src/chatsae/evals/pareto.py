@@ -25,7 +25,7 @@ _COLOURS: Mapping[Method, str] = {  # Okabe and Ito: told apart with any colour 
 }
 _MARKERS: Mapping[Method, str] = {"fast": "o", "bt-f": "s", "bt-f-isolated": "D", "bt-p": "^"}
 _LINES: Mapping[Architecture, str] = {"standard": "--", "jumprelu": "-"}
-_SETTINGS = {
+SETTINGS = {
     "svg.hashsalt": "chatsae",  # the same file for the same numbers
     "svg.fonttype": "path",
     "font.family": "DejaVu Sans",  # comes with matplotlib
@@ -38,7 +38,7 @@ _SETTINGS = {
     "grid.color": "#dddddd",
     "grid.linewidth": 0.6,
 }
-_METADATA: Mapping[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+METADATA: Mapping[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
 _DECADE = 8.0  # a vertical axis is logarithmic where positive values span more than this factor
 
 
@@ -49,8 +49,8 @@ def figure_paths(path: Path) -> list[Path]:
         UserError: the suffix is another.
     """
     if not path.suffix:
-        return [path.with_suffix(suffix) for suffix in _METADATA]
-    if path.suffix.lower() not in _METADATA:
+        return [path.with_suffix(suffix) for suffix in METADATA]
+    if path.suffix.lower() not in METADATA:
         raise UserError(f"--figure {path}: only .png and .svg are written; without a suffix, both")
     return [path]
 
@@ -81,7 +81,7 @@ def pareto_figure(curves: Sequence[Curve], path: Path, *, title: str = "") -> li
     from matplotlib.figure import Figure
 
     places = list(dict.fromkeys((c.layer, c.expansion_factor) for c in curves))
-    with mpl.rc_context(_SETTINGS):
+    with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(4.1 * len(PANELS), 0.9 + 3.1 * len(places)), layout="constrained")
         grid = figure.subplots(len(places), len(PANELS), squeeze=False)
         for axes, here in zip(grid, places, strict=True):
@@ -95,7 +95,7 @@ def pareto_figure(curves: Sequence[Curve], path: Path, *, title: str = "") -> li
         for file in paths:
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(file, dpi=200, metadata=_METADATA[file.suffix.lower()])
+                figure.savefig(file, dpi=200, metadata=METADATA[file.suffix.lower()])
             except OSError as error:
                 raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
     return paths

@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -64,26 +64,30 @@ def build(
     reading: Reading,
     folder: Path | None = None,
     facts: Mapping[str, Any] | None = None,
+    beside: Mapping[str, SAE] | None = None,
     tally: Counter[str] | None = None,
 ) -> dict[str, FeatureStore]:
     """A pass over rendered dialogues and its contexts; `folder` is where the state of the pass is kept meanwhile.
 
-    `facts` are kept with the store. Errors are those of `contexts`.
+    `facts` are kept with the store. `beside` are controls under names of their own: they are read in the same pass,
+    and all their features get contexts. Errors are those of `contexts`.
     """
     for sae in saes.values():
         check_index(sae, *named_features(options))
-    keepers, reading = collect(saes, lm, tokens, options, reading=reading, folder=folder, tally=tally)
+    both = {**saes, **(beside or {})}
+    keepers, reading = collect(both, lm, tokens, options, reading=reading, folder=folder, tally=tally)
     kept = {name: keeper.state() for name, keeper in keepers.items()}
     n_sampled = {name: len(keeper.tokens) for name, keeper in keepers.items()}
     added = {"sampled_tokens": n_sampled} | dict(facts or {})
-    return show(saes, lm, tokens, options, kept=kept, reading=reading, facts=added, tally=tally)
+    shown = dict.fromkeys(saes, options) | dict.fromkeys(beside or {}, replace(options, features=0, also=()))
+    return show(both, lm, tokens, shown, kept=kept, reading=reading, facts=added, tally=tally)
 
 
 def show(
     saes: Mapping[str, SAE],
     lm: LanguageModel,
     tokens: TokenBatch,
-    options: Options,
+    options: Options | Mapping[str, Options],
     *,
     kept: Mapping[str, Kept],
     reading: Reading,
@@ -92,18 +96,21 @@ def show(
 ) -> dict[str, FeatureStore]:
     """Contexts of the features that are selected, from what a pass over the same dialogues kept.
 
+    `options` are those of all SAEs, or by SAE.
+
     Raises:
         UserError: see `contexts`.
     """
-    for sae in saes.values():
-        check_index(sae, *named_features(options))
+    options = dict.fromkeys(saes, options) if isinstance(options, Options) else options
+    for name, sae in saes.items():
+        check_index(sae, *named_features(options[name]))
     split, text = Split(tokens), TokenText(lm.tokenizer)
-    chosen = {name: select(kept[name], options) for name in saes}
-    windows = {name: Windows.around(kept[name], chosen[name], options, split.starts) for name in saes}
+    chosen = {name: select(kept[name], options[name]) for name in saes}
+    windows = {name: Windows.around(kept[name], chosen[name], options[name], split.starts) for name in saes}
     read_windows(saes, lm, tokens, windows, reading, tally=tally)
-    what = identity(saes, lm, tokens, options)
     stores = {}
     for name, sae in saes.items():
+        what = identity({name: sae}, lm, tokens, options[name])
         ordered, quantile = in_order(windows[name], kept[name]["values"])
         own: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
@@ -115,7 +122,7 @@ def show(
             "layer": sae.spec.layer,
             "d_sae": sae.spec.d_sae,
             "n_live": int(np.count_nonzero(kept[name]["values"].any(axis=1))),
-            "options": asdict(options),
+            "options": asdict(options[name]),
             "parts": {part: list(names) for part, names in PARTS.items()},
             "tokens": {part: split.totals[part_columns(part)].tolist() for part in PARTS},
             "reading": asdict(reading),

@@ -1,23 +1,25 @@
 """Features whose score is known, judged beside those of an SAE: how far a judge can be believed.
 
 planted: contexts that share a pattern of the run's own dialogues, but for 0, 1, 2, 3 or 5 of 20 that deviate. random:
-the contexts are windows around random tokens. shuffled: the contexts of the SAE's features, dealt out anew.
+the contexts are windows around random tokens. shuffled: the contexts of the SAE's features, dealt out anew. Beside them
+stand controls, whose score is not known but should be lower than the SAE's (`chatsae.features.controls`).
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from chatsae.errors import UserError
+from chatsae.features.controls import Control
 from chatsae.features.patterns.background import Background
 from chatsae.features.patterns.families import Pattern, patterns_of
 from chatsae.features.patterns.judge import MAX_RATE
 from chatsae.features.records import Context, Feature
+from chatsae.features.scores import ABOVE_CHANCE, difference, distribution, kappa, mean, reasons, scores_of, share
 from chatsae.features.verdict import Judge, Verdict
-from chatsae.statistics import quadratic_kappa, wilson
 
 EXPECTED = {5: {0: 5, 1: 4, 2: 4, 3: 3}, 20: {0: 5, 1: 4, 2: 4, 3: 3, 5: 3}}
 """The rubric's score, by the number of contexts and of those among them that deviate."""
@@ -86,21 +88,28 @@ def make_pack(
     return Pack(tuple(sown), tuple(dealt[: len(drawn[0])]), tuple(dealt[len(drawn[0]) :]))
 
 
-def calibrate(judge: Judge, pack: Pack, *, n_contexts: int = 20) -> dict[str, Any]:
-    """What a judge makes of a pack: shares with Wilson intervals, and its agreement with itself."""
+def calibrate(judge: Judge, pack: Pack, controls: Sequence[Control] = (), *, n_contexts: int = 20) -> dict[str, Any]:
+    """What a judge makes of a pack and of controls: shares with Wilson intervals, its agreement with itself."""
     features = [p.feature for p in pack.planted]
     planted, again = (list(judge.verdicts(features, n_contexts=n_contexts, repeat=r)) for r in (0, 1))
     expected = [p.expected for p in pack.planted]
     nulls = {kind: list(judge.verdicts(getattr(pack, kind), n_contexts=n_contexts)) for kind in ("random", "shuffled")}
-    right = _pairs([v.score for v in planted], expected)
+    scores = {kind: scores_of(found) for kind, found in nulls.items()}
+    right = whole_pairs([v.score for v in planted], expected)
+    known, known_interval = kappa(right)
+    retest, retest_interval = kappa(whole_pairs([v.score for v in planted], [v.score for v in again]))
     return {
         "judge": judge.name,
         "n_contexts": n_contexts,
         "accuracy": share(score == wanted for score, wanted in right),
-        "planted_kappa": quadratic_kappa(right),
-        "retest_kappa": quadratic_kappa(_pairs([v.score for v in planted], [v.score for v in again])),
-        "false_positives": {k: share(v.score > 2 for v in found if v.score is not None) for k, found in nulls.items()},
-        "null_mean": {kind: _mean(found) for kind, found in nulls.items()},
+        "planted_kappa": known,
+        "planted_kappa_interval": known_interval,
+        "retest_kappa": retest,
+        "retest_kappa_interval": retest_interval,
+        "false_positives": {kind: share(score > ABOVE_CHANCE for score in found) for kind, found in scores.items()},
+        "null_mean": {kind: mean(found) for kind, found in scores.items()},
+        "null_scores": scores,
+        "controls": {control.kind: control.judged(judge, n_contexts) for control in controls},
         "planted": [
             {"pattern": p.pattern.name, "deviating": p.deviating, "expected": p.expected, "score": v.score}
             for p, v in zip(pack.planted, planted, strict=True)
@@ -110,39 +119,23 @@ def calibrate(judge: Judge, pack: Pack, *, n_contexts: int = 20) -> dict[str, An
 
 
 def summary(verdicts: Sequence[Verdict], calibration: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The scores of an SAE: how many of each, the share of 4 and 5 with its interval, and how far above the nulls."""
-    scores = [v.score for v in verdicts if v.score is not None]
-    reasons: dict[str, int] = defaultdict(int)
-    for verdict in verdicts:
-        if verdict.score is None:
-            reasons[verdict.reason or "unknown"] += 1
-    found: dict[str, Any] = {
-        "n": len(scores),
-        "mean": float(np.mean(scores)) if scores else None,
-        "counts": {str(k): sum(round(s) == k for s in scores) for k in range(1, 6)},
-        "high": share(s >= 3.5 for s in scores),
-        "without_score": dict(reasons),
-    }
+    """The scores of an SAE: how many of each, the share of 4 and 5 with its interval, and how far above each null.
+
+    above_null: the mean above that of windows around random tokens. above: mean and share above every null and
+    control, with intervals.
+    """
+    scores = scores_of(verdicts)
+    found = distribution(scores, reasons(verdicts))
     if calibration is not None:
-        null = calibration["null_mean"]["random"]
+        null = mean(calibration["null_scores"]["random"])
         found["above_null"] = None if null is None or not scores else found["mean"] - null
+        nulls = dict(calibration["null_scores"])
+        nulls |= {kind: scores_of(control["verdicts"]) for kind, control in calibration["controls"].items()}
+        found["above"] = {kind: difference(scores, null) for kind, null in nulls.items()}
     return found
 
 
-def share(holds: Iterable[bool]) -> dict[str, Any]:
-    """Of how many something holds: n, of, share, and the 95 % Wilson interval of the share."""
-    values = [bool(value) for value in holds]
-    n, of = sum(values), len(values)
-    between = wilson(n, of)
-    return {"n": n, "of": of, "share": n / of if of else None, "interval": list(between) if between else None}
-
-
-def _mean(verdicts: Sequence[Verdict]) -> float | None:
-    scores = [v.score for v in verdicts if v.score is not None]
-    return float(np.mean(scores)) if scores else None
-
-
-def _pairs(first: Sequence[float | int | None], second: Sequence[float | int | None]) -> list[tuple[int, int]]:
+def whole_pairs(first: Sequence[float | int | None], second: Sequence[float | int | None]) -> list[tuple[int, int]]:
     """Whole scores, where both are there."""
     both = zip(first, second, strict=True)
     return [(round(a), round(b)) for a, b in both if a is not None and b is not None]

@@ -80,10 +80,15 @@ def identity(saes: Mapping[str, SAE], lm: LanguageModel, tokens: TokenBatch, opt
         "dtype": str(lm.dtype).removeprefix("torch."),
         "n_dialogues": len(tokens),
         "n_tokens": len(tokens.input_ids),
-        "tokens_sha256": hashlib.sha256(tokens.input_ids.numpy().tobytes()).hexdigest(),
+        "tokens_sha256": tokens_digest(tokens),
         "sae_sha256": {name: digest(sae) for name, sae in saes.items()},
         **asked,
     }
+
+
+def tokens_digest(tokens: TokenBatch) -> str:
+    """sha256 of the ids of all tokens."""
+    return hashlib.sha256(tokens.input_ids.numpy().tobytes()).hexdigest()
 
 
 def collect(
@@ -166,11 +171,7 @@ def check(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
     if not saes:
         raise UserError("there is no SAE to look at")
     for name, sae in saes.items():
-        if sae.spec.d_in != lm.d_in:
-            raise UserError(
-                f"{name}: d_in is {sae.spec.d_in}, the residual stream of {lm.name} has {lm.d_in}; "
-                "is it an SAE of another model?"
-            )
+        lm.check_width(name, sae.spec.d_in)
         if sae.spec.layer not in lm.layers:
             read = ", ".join(map(str, lm.layers)) or "none"
             raise UserError(f"{name}: layer is {sae.spec.layer}, {lm.name} was loaded to read layers {read}")

@@ -1,7 +1,7 @@
 """Judge the features of a run, and the judge beside them; results lie under RUN/judge/SAE."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,34 +9,22 @@ from typing import Any
 import numpy as np
 
 from chatsae import console
-from chatsae.console import Column
 from chatsae.errors import UserError
-from chatsae.features.calibration import Pack, calibrate, make_pack, share, summary
+from chatsae.features.calibration import Pack, calibrate, make_pack, summary, whole_pairs
+from chatsae.features.controls import Control, direction_controls, null_run, weight_controls
 from chatsae.features.patterns.background import Background, random_contexts
+from chatsae.features.random_directions import DIRECTIONS
 from chatsae.features.records import Feature
+from chatsae.features.scores import kappa, share
 from chatsae.features.session import Ask, RunFeatures
 from chatsae.features.store import FeatureStore
 from chatsae.features.text import TokenText
 from chatsae.features.verdict import Judge, Verdict
 from chatsae.files import write_json
-from chatsae.statistics import quadratic_kappa
 
 SCHEMA_VERSION = 1
 
 Facts = dict[str, Any]
-
-_COLUMNS = (
-    Column("SAE"),
-    Column("judge"),
-    Column("n", "features"),
-    Column("high", "4 and 5"),
-    Column("mean"),
-    Column("above_null", "above\nnulls"),
-    Column("accuracy", "judge right\non planted"),
-    Column("false_positives", "nulls\nabove 2"),
-    Column("kappa", "retest κ"),
-    Column("without_score", "without\nscore"),
-)
 
 
 @dataclass(frozen=True)
@@ -47,6 +35,7 @@ class Work:
     store: FeatureStore
     features: Sequence[Feature]
     pack: Pack
+    controls: Sequence[Control] = ()
 
     def rounds(self, repeats: int = 1) -> Iterator[tuple[Sequence[Feature], int]]:
         """Every list of features that is judged, with its repeat."""
@@ -57,6 +46,8 @@ class Work:
             yield planted, repeat
         yield self.pack.random, 0
         yield self.pack.shuffled, 0
+        for control in self.controls:
+            yield control.features, 0
 
 
 @dataclass(frozen=True)
@@ -78,24 +69,57 @@ def gather_work(
     limit: int = 0,
     planted: int = 4,
     nulls: int = 20,
+    controls: int = DIRECTIONS,
+    null: Path | None = None,
     seed: int = 0,
 ) -> Asked:
     """The features of every SAE that have contexts, or `limit` of them drawn by `seed`, with a pack for each.
 
+    `controls` features of each control stand beside them: random directions, and where there is a run on a model with
+    random weights, `null` or one of the same recipe beside this one, those of its SAE; 0: none.
+
     Raises:
-        UserError: the features cannot be found, or the dialogues are too few to calibrate a judge.
+        UserError: the features cannot be found, the dialogues are too few to calibrate a judge, or `null` is no null.
     """
     ask = ask or Ask()
     stores = run.stores(ask)
     if limit and any(len(store) < min(limit, store.facts["n_live"]) for store in stores.values()):
         stores = run.stores(replace(ask, features=limit, rebuild=False))
     background = background_of(run, next(iter(stores.values())))
+    judged = {
+        name: [store.feature(i, contexts=n_contexts) for i in chosen(store.indices.tolist(), limit, seed)]
+        for name, store in stores.items()
+    }
+    beside = _controls(run, stores, judged, controls, null, n_contexts)
     work = []
-    for name, store in stores.items():
-        features = [store.feature(i, contexts=n_contexts) for i in chosen(store.indices.tolist(), limit, seed)]
+    for name, features in judged.items():
         pack = make_pack(background, features, n_contexts=n_contexts, planted=planted, nulls=nulls, seed=seed)
-        work.append(Work(name, store, features, pack))
+        work.append(Work(name, stores[name], features, pack, beside[name]))
     return Asked(run, background, tuple(work), n_contexts, seed)
+
+
+def _controls(
+    run: RunFeatures,
+    stores: Mapping[str, FeatureStore],
+    judged: Mapping[str, Sequence[Feature]],
+    n: int,
+    null: Path | None,
+    n_contexts: int,
+) -> dict[str, list[Control]]:
+    found: dict[str, list[Control]] = {name: [] for name in stores}
+    other = null_run(run.run, null) if n else None
+    made = [direction_controls(run, stores, judged, n, n_contexts=n_contexts)] if n else []
+    if other is not None:
+        try:
+            made.append(weight_controls(other, run, stores, judged, n, n_contexts=n_contexts))
+        except UserError as problem:
+            if null is not None:
+                raise
+            console.warn(f"{other.run.path} is left out as a null: {problem}")
+    for controls in made:
+        for name, control in controls.items():
+            found[name].append(control)
+    return found
 
 
 def judge_features(
@@ -107,18 +131,31 @@ def judge_features(
     limit: int = 0,
     planted: int = 4,
     nulls: int = 20,
+    controls: int = DIRECTIONS,
+    null: Path | None = None,
     seed: int = 0,
     repeats: int = 1,
 ) -> dict[str, dict[str, Any]]:
     """Verdicts on the features of every SAE that have contexts, or on `limit` of them drawn by `seed`; by SAE.
 
-    With them goes the calibration of the judge: `planted` features for each number of deviating contexts and `nulls`
-    of each kind. What is found is written to RUN/judge/SAE/JUDGE-N.json, N being `n_contexts`.
+    With them goes the calibration of the judge: `planted` features for each number of deviating contexts, `nulls` of
+    each kind, and controls (see `gather_work`). What is found is written to RUN/judge/SAE/JUDGE-N.json, N being
+    `n_contexts`.
 
     Raises:
         UserError: the features cannot be found, or the dialogues are too few to calibrate the judge.
     """
-    asked = gather_work(run, ask=ask, n_contexts=n_contexts, limit=limit, planted=planted, nulls=nulls, seed=seed)
+    asked = gather_work(
+        run,
+        ask=ask,
+        n_contexts=n_contexts,
+        limit=limit,
+        planted=planted,
+        nulls=nulls,
+        controls=controls,
+        null=null,
+        seed=seed,
+    )
     return judge_work(asked, judge_for(asked.background), repeats=repeats)
 
 
@@ -135,14 +172,11 @@ def judge_work(
 def _judge(
     asked: Asked, work: Work, judge: Judge, repeats: int, more: Callable[[Work, Sequence[Verdict]], Facts] | None
 ) -> dict[str, Any]:
-    n_contexts, times = asked.n_contexts, []
-    with console.progress(f"judge {work.sae}", len(work.features) * repeats) as advance:
-        for repeat in range(repeats):
-            times.append([])
-            for verdict in judge.verdicts(work.features, n_contexts=n_contexts, repeat=repeat):
-                times[-1].append(verdict)
-                advance(1)
-    calibration = calibrate(judge, work.pack, n_contexts=n_contexts)
+    n_contexts = asked.n_contexts
+    with console.progress(f"judge {work.sae}", sum(len(some) for some, _ in work.rounds(repeats))) as advance:
+        counted = _Counted(judge, advance)
+        times = [list(counted.verdicts(work.features, n_contexts=n_contexts, repeat=r)) for r in range(repeats)]
+        calibration = calibrate(counted, work.pack, work.controls, n_contexts=n_contexts)
     found = {
         "schema_version": SCHEMA_VERSION,
         "sae": work.sae,
@@ -163,14 +197,28 @@ def _judge(
     return found
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """A judge whose verdicts are counted as they come."""
+
+    judge: Judge
+    advance: Callable[[int], None]
+
+    @property
+    def name(self) -> str:
+        return self.judge.name
+
+    def verdicts(self, features: Iterable[Feature], *, n_contexts: int, repeat: int = 0) -> Iterator[Verdict]:
+        for verdict in self.judge.verdicts(features, n_contexts=n_contexts, repeat=repeat):
+            yield verdict
+            self.advance(1)
+
+
 def agreement(first: Sequence[Verdict], again: Sequence[Verdict]) -> dict[str, Any]:
     """How far two verdicts on the same features agree, where both have a score: exactly (rounded), and weighted."""
-    pairs = [
-        (round(a.score), round(b.score))
-        for a, b in zip(first, again, strict=True)
-        if a.score is not None and b.score is not None
-    ]
-    return {"exact": share(a == b for a, b in pairs), "kappa": quadratic_kappa(pairs)}
+    pairs = whole_pairs([v.score for v in first], [v.score for v in again])
+    value, between = kappa(pairs)
+    return {"exact": share(a == b for a, b in pairs), "kappa": value, "kappa_interval": between}
 
 
 def background_of(run: RunFeatures, store: FeatureStore) -> Background:
@@ -204,32 +252,3 @@ def read_judgements(run: Path, sae: str) -> list[dict[str, Any]]:
             raise UserError(f"{path} has schema {version}, this chatsae reads {SCHEMA_VERSION}; delete it")
         found.append(facts)
     return found
-
-
-def judgement_table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """What judges found, as text; a row per SAE."""
-    rows = [_row(facts) for facts in found.values()]
-    return console.table("Scores of 1 to 5, and how far to believe them", _COLUMNS, rows)
-
-
-def _row(facts: Mapping[str, Any]) -> dict[str, Any]:
-    scores, calibration = facts["summary"], facts["calibration"]
-    return {
-        "SAE": facts["sae"],
-        "judge": f"{facts['judge']}, {facts['n_contexts']} contexts",
-        "n": scores["n"],
-        "high": _share(scores["high"]),
-        "mean": scores["mean"],
-        "above_null": scores.get("above_null"),
-        "accuracy": _share(calibration["accuracy"]),
-        "false_positives": _share(calibration["false_positives"]["random"]),
-        "kappa": calibration["retest_kappa"],
-        "without_score": sum(scores["without_score"].values()),
-    }
-
-
-def _share(facts: Mapping[str, Any]) -> str | None:
-    if facts["interval"] is None:
-        return None
-    low, high = facts["interval"]
-    return f"{facts['share']:.1%} [{low:.1%}, {high:.1%}]"

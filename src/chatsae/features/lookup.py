@@ -98,7 +98,6 @@ def on_text(
     Raises:
         UserError: the text is empty, or holds a special token and is not raw.
     """
-    check(saes, lm)
     if raw:
         ids = encode(lm.tokenizer, [text], offsets=False)["input_ids"][0]
         tokens = bare_tokens([torch.tensor(ids, dtype=torch.int64)])
@@ -107,6 +106,19 @@ def on_text(
             (tokens,) = render([Dialogue("the text", "", (Message("user", text),))], lm.tokenizer)
         except UserError as error:
             raise UserError(f"{error}; with --raw the text is taken as it is") from None
+    return on_tokens(saes, lm, tokens, reading, k=k)
+
+
+@torch.no_grad()
+def on_tokens(
+    saes: Mapping[str, SAE], lm: LanguageModel, tokens: TokenBatch, reading: Reading, *, k: int = 5
+) -> dict[str, list[Row]]:
+    """The `k` strongest features on each token of one sequence.
+
+    Raises:
+        UserError: the sequence is empty.
+    """
+    check(saes, lm)
     if not len(tokens.input_ids):
         raise UserError("the text is empty")
     pieces = TokenText(lm.tokenizer).of(tokens.input_ids.tolist())

@@ -2,7 +2,8 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,9 @@ from chatsae.config import RunConfig
 from chatsae.data.store.splits import split_tokens
 from chatsae.errors import UserError
 from chatsae.features.build import build, check_index, show
-from chatsae.features.collect import Reading, gather
+from chatsae.features.collect import Reading, gather, tokens_digest
 from chatsae.features.firings import digest
+from chatsae.features.random_directions import DIRECTIONS, random_directions, saved_directions
 from chatsae.features.records import Options
 from chatsae.features.store import FeatureStore
 from chatsae.files import Lock
@@ -25,6 +27,7 @@ from chatsae.sae.base import SAE
 
 DIALOGUES = 10_000
 _SPLIT = "interpret"
+_PASS = ("kept", "sampled", "one_per_dialogue", "seed")  # options that a pass follows from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +42,8 @@ class Ask:
     window: int | None = None
     one_per_dialogue: bool | None = None
     seed: int | None = None
+    directions: int = DIRECTIONS
+    """Random directions that are read in the same pass; 0: none."""
     rebuild: bool = False
 
     def options(self, before: Options | None = None, there: Iterable[int] = ()) -> Options:
@@ -114,34 +119,124 @@ class RunFeatures:
         missing = [name for name in self.saes if name not in found or not _passes(found[name], ask)]
         other = [name for name in found if name not in missing and _asks_more(found[name], ask)]
         if missing or other:
-            self.folder.mkdir(exist_ok=True)
-            lock = Lock(self.folder, "feature directory")
-            try:
+            with self._locked():
                 found |= self._make(ask, missing, {name: found[name] for name in other})
-            finally:
-                lock.close()
         return {name: found[name] for name in self.saes}
 
+    def random_stores(self, stores: Mapping[str, FeatureStore], n: int = DIRECTIONS) -> dict[str, FeatureStore]:
+        """The stores of `n` or more random directions beside SAEs, from the same dialogues and with the same windows.
+
+        They lie in RUN/features/random, made in the pass of the SAE's store, or where they are missing in their own.
+
+        Raises:
+            UserError: the dialogues cannot be read or are not those of the stores, or a directory is damaged.
+        """
+        found: dict[str, FeatureStore] = {}
+        missing: dict[tuple[int, Options], list[str]] = {}
+        for name, store in stores.items():
+            wanted = replace(_options(store), features=0, also=())
+            there = self._random_store(name, store, n)
+            if there is None:
+                missing.setdefault((store.facts["dialogues_asked"], wanted), []).append(name)
+            else:
+                found[name] = there[1] if _options(there[1]) == wanted else self._windows_anew(name, *there, wanted)
+        for (limit, options), names in missing.items():
+            with self._locked():
+                found |= self._pass(names, limit, options, n, only_random=True)[1]
+        for name, store in stores.items():
+            if found[name].facts["tokens_sha256"] != store.facts["tokens_sha256"]:
+                raise _other_dialogues(name)
+        return {name: found[name] for name in stores}
+
+    def release(self) -> None:
+        """Let go of the model; it is loaded again where it is needed."""
+        for name in ("lm", "reading"):
+            self.__dict__.pop(name, None)
+
     def _make(self, ask: Ask, missing: Sequence[str], shown: Mapping[str, FeatureStore]) -> dict[str, FeatureStore]:
-        tally: Counter[str] = Counter()
         made: dict[str, FeatureStore] = {}
-        lm, limit, state = self.lm, ask.dialogues or DIALOGUES, self.folder / ".pass"
         if missing:
-            facts = {"split": _SPLIT, "dialogues_asked": limit, "max_length": self.run.config.data.max_length}
-            saes = {name: self.saes[name] for name in missing}
-            tokens = self.tokens(limit, tally)
-            options = ask.options()
-            made = build(saes, lm, tokens, options, reading=self.reading, folder=state, facts=facts, tally=tally)
+            made = self._pass(missing, ask.dialogues or DIALOGUES, ask.options(), ask.directions)[0]
         for name, store in shown.items():
+            tally: Counter[str] = Counter()
             tokens = self.tokens(store.facts["dialogues_asked"], tally)
-            made[name] = _shown_anew(self.saes[name], lm, tokens, store, ask, tally)
+            options = ask.options(_options(store))
+            made[name] = _shown_anew(self.saes[name], self.lm, tokens, store, options, tally)
+            made[name].save(self.folder / name)
+            _tell(tally)
+        return made
+
+    def _pass(
+        self, names: Sequence[str], limit: int, options: Options, n: int, *, only_random: bool = False
+    ) -> tuple[dict[str, FeatureStore], dict[str, FeatureStore]]:
+        """The stores of SAEs, and those of `n` random directions beside each, from one pass; or the latter only."""
+        tally: Counter[str] = Counter()
+        tokens, state = self.tokens(limit, tally), self.folder / ".pass"
+        beside = self._directions(names, tokens, n) if n else {}
+        made = build(
+            {} if only_random else {name: self.saes[name] for name in names},
+            self.lm,
+            tokens,
+            options,
+            reading=self.reading,
+            folder=state,
+            facts={"split": _SPLIT, "dialogues_asked": limit, "max_length": self.run.config.data.max_length},
+            beside={sae.spec.name: sae for sae in beside.values()},
+            tally=tally,
+        )
+        random = {name: made.pop(sae.spec.name) for name, sae in beside.items()}
         for name, store in made.items():
             store.save(self.folder / name)
-        if missing:
-            shutil.rmtree(state, ignore_errors=True)
-        for reason, n in tally.most_common():
-            console.say(f"{n:,} × {reason}")
+        for name, store in random.items():
+            store.save(self._random(name) / "store")
+        shutil.rmtree(state, ignore_errors=True)
+        _tell(tally)
+        return made, random
+
+    def _directions(self, names: Sequence[str], tokens: TokenBatch, n: int) -> dict[str, SAE]:
+        """Random directions beside SAEs: those that were saved, with which a pass goes on, or new ones."""
+        found: dict[str, SAE] = {}
+        for name in names:
+            saved = saved_directions(self._random(name) / "sae", self.saes[name], tokens_digest(tokens), n)
+            if saved is not None:
+                found[name] = saved.to(self.lm.device)
+        if new := {name: self.saes[name] for name in names if name not in found}:
+            for name, sae in random_directions(new, self.lm, tokens, reading=self.reading, n=n).items():
+                sae.save(self._random(name) / "sae")
+                found[name] = sae
+        return found
+
+    def _random(self, name: str) -> Path:
+        return self.folder / "random" / name
+
+    def _random_store(self, name: str, store: FeatureStore, n: int) -> tuple[SAE, FeatureStore] | None:
+        """The random directions beside an SAE and their store, if it is from the same pass as the SAE's."""
+        path, same = self._random(name), ("tokens_sha256", *_PASS)
+        saved = saved_directions(path / "sae", self.saes[name], store.facts["tokens_sha256"], n)
+        if saved is None or not (path / "store").exists():
+            return None
+        found = FeatureStore.load(path / "store")
+        if found.facts["sae_sha256"] != digest(saved) or any(found.facts[k] != store.facts[k] for k in same):
+            return None
+        return saved, found
+
+    def _windows_anew(self, name: str, sae: SAE, store: FeatureStore, options: Options) -> FeatureStore:
+        tally: Counter[str] = Counter()
+        tokens = self.tokens(store.facts["dialogues_asked"], tally)
+        with self._locked():
+            made = _shown_anew(sae.to(self.lm.device), self.lm, tokens, store, options, tally)
+            made.save(self._random(name) / "store")
+        _tell(tally)
         return made
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.folder.mkdir(exist_ok=True)
+        lock = Lock(self.folder, "feature directory")
+        try:
+            yield
+        finally:
+            lock.close()
 
 
 def feature_stores(path: Path, ask: Ask | None = None, names: Sequence[str] = ()) -> dict[str, FeatureStore]:
@@ -187,7 +282,7 @@ def _options(store: FeatureStore) -> Options:
 def _passes(store: FeatureStore, ask: Ask) -> bool:
     """Whether the pass behind a store is the one asked for."""
     before, wanted = _options(store), ask.options(_options(store))
-    same = all(getattr(before, n) == getattr(wanted, n) for n in ("kept", "sampled", "one_per_dialogue", "seed"))
+    same = all(getattr(before, n) == getattr(wanted, n) for n in _PASS)
     return same and ask.dialogues in (None, store.facts["dialogues_asked"])
 
 
@@ -196,7 +291,7 @@ def _asks_more(store: FeatureStore, ask: Ask) -> bool:
 
 
 def _shown_anew(
-    sae: SAE, lm: LanguageModel, tokens: TokenBatch, store: FeatureStore, ask: Ask, tally: Counter[str]
+    sae: SAE, lm: LanguageModel, tokens: TokenBatch, store: FeatureStore, options: Options, tally: Counter[str]
 ) -> FeatureStore:
     """The store with other windows or features, from the pass that is kept in it.
 
@@ -209,18 +304,27 @@ def _shown_anew(
         {name: sae},
         lm,
         tokens,
-        ask.options(_options(store)),
+        options,
         kept={name: store.kept},
         reading=Reading(**store.facts["reading"]),
         facts=facts,
         tally=tally,
     )[name]
     if made.facts["tokens_sha256"] != store.facts["tokens_sha256"]:
-        raise UserError(
-            f"the dialogues are not those that the features of {name} were built from; "
-            "`chatsae features RUN --rebuild` builds them anew"
-        )
+        raise _other_dialogues(name)
     return made
+
+
+def _other_dialogues(name: str) -> UserError:
+    return UserError(
+        f"the dialogues are not those that the features of {name} were built from; "
+        "`chatsae features RUN --rebuild` builds them anew"
+    )
+
+
+def _tell(tally: Counter[str]) -> None:
+    for reason, n in tally.most_common():
+        console.say(f"{n:,} × {reason}")
 
 
 def describe(store: FeatureStore) -> str:

@@ -78,10 +78,8 @@ def message_index(tokens: TokenBatch) -> Int[Tensor, " N"]:
     known = before >= start
     role_before = torch.where(known, role[before.clamp_min(0)], -1)
     begins = content & ((before != index - 1) | ~known | (role_before != role))
-    count = begins.long().cumsum(0)
-    count = count - (count - begins.long())[start]
     control = (kind == int(Kind.CONTROL)) | (kind == int(Kind.FIRST))
     opens = ~content & owned & (control | (role_before != role))
     opener = torch.where(opens, index, -1).cummax(0).values if len(role) else index
     header = ~content & (opener >= start) & (opener > last)
-    return count - 1 + header.long()
+    return tokens.begun(begins) - 1 + header.long()

@@ -85,7 +85,7 @@ def forward(
         PackingRefused: the way is packed, and the model cannot be read so.
     """
     acts = unchecked(lm, tokens, way, ceiling=ceiling)
-    for broken in broken_sequences(lm, acts, tokens):
+    for broken in broken_sequences(lm.layers, acts, tokens):
         raise UserError(f"{broken}; try model.dtype float32")
     return acts
 
@@ -207,8 +207,8 @@ def check_tokens(lm: Decoder, tokens: TokenBatch) -> None:
         )
 
 
-def broken_sequences(lm: Decoder, acts: Float[Tensor, "L N D"], tokens: TokenBatch) -> list[Broken]:
-    """The sequences with an activation that is not finite, in their order."""
+def broken_sequences(layers: Sequence[int], acts: Float[Tensor, "L N D"], tokens: TokenBatch) -> list[Broken]:
+    """The sequences with an activation of one of these layers that is not finite, in their order."""
     if bool(torch.stack([torch.isfinite(a).all() for a in acts]).all()):
         return []
     broken = torch.stack([~torch.isfinite(a).all(dim=-1) for a in acts]).cpu()
@@ -217,7 +217,7 @@ def broken_sequences(lm: Decoder, acts: Float[Tensor, "L N D"], tokens: TokenBat
         counts = broken[:, start:stop].sum(dim=1)
         if counts.any():
             first = int((counts > 0).int().argmax())
-            found.append(Broken(i, tokens.names[i], lm.layers[first], int(counts[first]), stop - start))
+            found.append(Broken(i, tokens.names[i], layers[first], int(counts[first]), stop - start))
     return found
 
 

@@ -131,7 +131,7 @@ class Harvest(Iterator[ActivationBatch]):
         Raises:
             UserError: there is one, and it should stop the harvest.
         """
-        found = broken_sequences(self._lm, batch.acts, batch.tokens)
+        found = broken_sequences(self._lm.layers, batch.acts, batch.tokens)
         if not found:
             return batch
         if not self._skip_nan:

@@ -114,6 +114,18 @@ class LanguageModel:
         """The activations of `tokens`, batch by batch; `options` are those of `Harvest`."""
         return Harvest(self, tokens, **options)
 
+    def check_width(self, sae: str, d_in: int) -> None:
+        """Refuse an SAE of another width than this model's residual stream.
+
+        Raises:
+            UserError: it is one.
+        """
+        if d_in != self.d_in:
+            raise UserError(
+                f"{sae}: d_in is {d_in}, the residual stream of {self.name} has {self.d_in}; "
+                "is it an SAE of another model?"
+            )
+
     def chat(self, prompt: str | Sequence[Message | Mapping[str, str]], *, max_new_tokens: int = 256) -> str:
         """The model's greedy answer to a prompt or to a list of messages.
 

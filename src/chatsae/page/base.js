@@ -114,6 +114,11 @@ function panel(title, note, ...children) {
   return h("section", { class: "panel" }, h("h2", null, title), note ? h("p", { class: "note" }, note) : null, children);
 }
 
+const wideAs = (element, ...classes) => (element.classList.add(...classes), element);
+
+/** Text of a judge: what stands in backticks as code. */
+const explained = (text) => String(text).split("`").map((part, i, all) => (i % 2 && i < all.length - 1 ? h("code", null, tokenText(part)) : visible(i % 2 ? `\`${part}` : part)));
+
 /** A table from a head and rows of cells; cells are strings or nodes, numbers are set to the right. */
 function table(head, rows, attributes) {
   const cell = (tag, value, i) => h(tag, { class: i && !(value instanceof Node) ? "n" : null, scope: tag === "th" ? "col" : null }, value);

@@ -18,9 +18,9 @@ function ticks(low, high, n = 5) {
   return found;
 }
 
-/** A scale from data to pixels: linear, or by logarithm where log is set. */
-function scale(low, high, from, to, log) {
-  const f = log ? Math.log10 : (v) => v;
+/** A scale from data to pixels: linear, or by a function that grows. */
+function scale(low, high, from, to, log, grows) {
+  const f = grows || (log ? Math.log10 : (v) => v);
   const a = f(low), b = f(high) === f(low) ? f(low) + 1 : f(high);
   const map = (v) => from + ((f(v) - a) / (b - a)) * (to - from);
   map.ticks = log ? logTicks(low, high) : ticks(low, b === f(high) ? high : low + 1);
@@ -76,22 +76,31 @@ function histogram(bins, { xLabel, yLabel, words, log, marks = [], width = W, he
   return svg;
 }
 
-/** Lines [{name, points: [[x, y]], style}]; steps for distributions. */
-function lines(series, { xLabel, yLabel, words, log, xs, ys, steps, xTicks }) {
+/** Lines [{name, points: [[x, y]], style}], with `spread` [[x, low, high]] where there are intervals; steps for distributions; `span` is marked on x. */
+function lines(series, { xLabel, yLabel, words, log, xs, ys, steps, xTicks, grows, span, spanText }) {
   const shown = series.map((line) => ({ ...line, points: log ? line.points.filter((p) => p[1] > 0) : line.points })).filter((line) => line.points.length);
-  const all = shown.flatMap((line) => line.points);
+  const all = shown.flatMap((line) => [...line.points, ...(log ? [] : (line.spread || []).flatMap(([a, b, c]) => [[a, b], [a, c]]))]);
   const [x0, x1] = xs || [Math.min(...all.map((p) => p[0])), Math.max(...all.map((p) => p[0]))];
   let [y0, y1] = ys || [Math.min(...all.map((p) => p[1])), Math.max(...all.map((p) => p[1]))];
   if (!ys && !log) y0 = Math.min(0, y0);
-  const svg = frame(words), x = scale(x0, x1, PAD.left, W - PAD.right), y = scale(y0, y1, H - PAD.bottom, PAD.top, log);
-  if (xTicks) x.ticks = xTicks;
+  const svg = frame(words), x = scale(x0, x1, PAD.left, W - PAD.right, false, grows), y = scale(y0, y1, H - PAD.bottom, PAD.top, log);
+  if (xTicks) x.ticks = xTicks.filter((v, i) => i === 0 || v === x1 || (x1 !== v && x(x1) - x(v) > 26)).reduce((kept, v) => (kept.length && x(v) - x(kept[kept.length - 1]) < 26 ? kept : [...kept, v]), []);
+  if (span) svg.append(s("rect", { x: Math.min(x(span[0]), x(span[1]) - 3), width: Math.max(3, x(span[1]) - x(span[0])), y: PAD.top, height: H - PAD.bottom - PAD.top, class: "span" }, tip(spanText)));
   axes(svg, x, y, xLabel, yLabel);
   for (const line of shown) {
-    const path = line.points.map(([a, b], i) => {
+    for (const [a, low, high] of line.spread || []) {
+      if (!log || low > 0) svg.append(s("path", { d: `M${x(a).toFixed(1)} ${y(low).toFixed(1)}V${y(high).toFixed(1)}`, class: `whisker s${line.style}` }));
+    }
+    const drawn = (points) => points.map(([a, b], i) => {
       const at = `${x(a).toFixed(1)} ${y(b).toFixed(1)}`;
       return i === 0 ? `M${at}` : steps ? `H${x(a).toFixed(1)}V${y(b).toFixed(1)}` : `L${at}`;
-    });
-    svg.append(s("path", { d: path.join(""), class: `line s${line.style}` }, tip(line.name)));
+    }).join("");
+    if (line.band) {
+      const edge = (by) => line.points.map(([a, b]) => [a, Math.min(y1, Math.max(y0, b + by))]);
+      const low = edge(-line.band).flatMap(([a, b], i, all) => (i ? [[a, all[i - 1][1]], [a, b]] : [[a, b]])).reverse();
+      svg.append(s("path", { d: `${drawn(edge(line.band))}L${low.map(([a, b]) => `${x(a).toFixed(1)} ${y(b).toFixed(1)}`).join("L")}Z`, class: `belt s${line.style}` }));
+    }
+    svg.append(s("path", { d: drawn(line.points), class: `line s${line.style}` }, tip(line.name)));
     const every = Math.ceil(line.points.length / 40);
     line.points.forEach(([a, b], i) => {
       if (i % every === 0 || i === line.points.length - 1) svg.append(s("circle", { cx: x(a), cy: y(b), r: 4, class: "touch" }, tip(`${line.name}: ${num(b)} at ${num(a)}`)));

@@ -15,7 +15,7 @@ function affinity(mean, all, n, total) {
 /** What the list shows and sorts by, once for every feature. */
 function enrich(data, sae) {
   if (!sae.features || sae.byIndex) return;
-  const total = sae.store.n_tokens, counts = sae.part_tokens;
+  const total = sae.store.n_tokens, counts = sae.part_tokens, special = specialOf(sae);
   for (const f of sae.features) {
     const roles = f.role.map((mean, r) => (counts.role[r] ? affinity(mean, f.mean, counts.role[r], total) : 0));
     f.roleBest = roles.indexOf(Math.max(...roles));
@@ -27,6 +27,9 @@ function enrich(data, sae) {
     const peaks = f.top.map((c) => data.texts[tokensOf(data, c).t[c[3]]]);
     f.peak = mode(peaks);
     f.label = verdict && verdict[0] !== null && verdict[0] >= 1.5 ? verdict[1] : `often ${peaks.length ? `“${tokenText(f.peak)}”` : "nothing"}`;
+    f.special = special.get(f.i) || [];
+    const often = peaks.filter((text) => text === f.peak).length * 2 >= peaks.length;
+    f.tokens = new Set([...f.special.map((one) => one.token), ...(often ? [f.peak] : [])]);
     f.haystack = [f.i, f.label, verdict ? verdict[1] : "", ...peaks, ...f.up.map(([t]) => data.texts[t])].join("\n").toLowerCase();
   }
   sae.byIndex = new Map(sae.features.map((f) => [f.i, f]));
@@ -59,7 +62,7 @@ function selected(sae, view) {
   const words = view.search.toLowerCase().split(/\s+/).filter(Boolean);
   const [low, high] = view.density ? view.density.split(",").map(Number) : [0, 2];
   const scored = { "": () => true, 4: (v) => v !== null && v >= 3.5, 3: (v) => v !== null && v >= 2.5 && v < 3.5, 1: (v) => v !== null && v < 2.5, none: (v) => v === null }[view.score];
-  const found = sae.features.filter((f) => words.every((w) => f.haystack.includes(w)) && (view.role === "" || f.roleBest === Number(view.role)) && scored(f.score) && f.density >= low && f.density < high);
+  const found = sae.features.filter((f) => words.every((w) => f.haystack.includes(w)) && (view.role === "" || f.roleBest === Number(view.role)) && (view.token === "" || f.tokens.has(view.token)) && scored(f.score) && f.density >= low && f.density < high);
   const sign = view.up ? 1 : -1, value = (f) => f[view.sort] ?? -Infinity;
   return found.sort((a, b) => sign * (value(a) - value(b)) || a.i - b.i);
 }
@@ -73,7 +76,7 @@ function listHead(view, resort) {
 
 function listRow(data, sae, f) {
   return h("li", { "data-i": f.i }, h("a", { href: link(data, sae, f.i) }, h("span", { class: "cells" }, h("b", null, f.i), scoreBadge(f.score), h("span", null, percent(f.density)),
-    h("span", { class: `role r${f.roleBest}` }, `${ROLE_TEXT[f.roleBest].replace("default ", "def. ")} ${f.roleAffinity.toFixed(2)}`), h("span", null, f.first.toFixed(2))), h("span", { class: "what" }, visible(f.label))));
+    h("span", { class: `role r${f.roleBest}` }, `${ROLE_TEXT[f.roleBest].replace("default ", "def. ")} ${f.roleAffinity.toFixed(2)}`), h("span", null, f.first.toFixed(2))), h("span", { class: "what" }, explained(f.label))));
 }
 
 function featureView(data, sae, f, move) {
@@ -82,20 +85,32 @@ function featureView(data, sae, f, move) {
   return [
     h("header", null,
       h("div", { class: "line" }, h("a", { class: "back", href: link(data, sae) }, "← list"), h("h1", null, `Feature ${f.i}`), scoreBadge(f.score),
-        h("span", { class: "grow" }), h("button", { type: "button", onclick: () => move(-1), title: "previous of the list" }, "↑"), h("button", { type: "button", onclick: () => move(1), title: "next of the list" }, "↓")),
-      h("p", { class: "sub" }, h("span", { class: `method s${sae.run}` }, run.name), " ", sae.name),
-      verdicts.map(({ v, judge }) => h("p", { class: "verdict" }, visible(v[1]) || "no explanation", h("small", null, ` — ${judge.judge} judge, ${judge.n_contexts} contexts`, v[0] === null ? ", no score" : `: ${num(v[0])} of 5, ${v[2].length} deviating`))),
+        h("span", { class: "grow" }), isSteered(sae, f) && h("button", { type: "button", class: "to", onclick: () => $("steering").scrollIntoView() }, "Steering ↓"), h("button", { type: "button", onclick: () => move(-1), title: "previous of the list" }, "↑"), h("button", { type: "button", onclick: () => move(1), title: "next of the list" }, "↓")),
+      h("p", { class: "sub" }, h("span", { class: `method s${run.style}` }, run.name), " ", sae.name),
+      verdictLines(verdicts),
       verdicts.length ? null : missing("No judge has scored this feature.", `chatsae judge ${run.path}`),
+      specialNote(f),
       h("dl", { class: "stats" }, facts.map(([label, value]) => h("div", null, h("dt", null, label), h("dd", null, value))))),
     h("div", { class: "columns" },
       h("div", { class: "contexts" },
         h("h2", null, "Strongest contexts"), h("p", { class: "note" }, "Shade: activation, up to the feature's largest. Underlined: the largest of the context. Boxed: written by the chat template. The bar names the role."),
-        f.top.length ? f.top.map((c, rank) => contextView(data, f, c, rank, f.deviating.includes(rank))) : h("p", null, "It is active nowhere in these dialogues."),
+        f.top.length ? f.top.map((c, rank) => contextView(data, f, c, rank, f.deviating.includes(rank))) : f.density > 0 ? missing("Its contexts are not in this page.", `chatsae features ${run.path} --sae ${sae.name} --only ${f.i}`) : h("p", null, "It is active nowhere in these dialogues."),
         f.sampled.length ? [h("h2", null, "Over all its activations"), h("p", { class: "note" }, "Contexts at quantiles of its activations: what it means where it is weak."), f.sampled.map((c) => contextView(data, f, c, null, false))] : null),
       h("aside", null, valuesPanel(data, f), partPanel("Mean activation by role", ROLE_TEXT, f.role, f.role_n, sae.part_tokens.role, "r"),
         partPanel("By kind of token", KIND_TEXT, f.kind, f.kind_n, sae.part_tokens.kind), partPanel("By position", POSITIONS, f.position, f.position_n, sae.part_tokens.position),
-        lensPanel(data, f), nearPanel(data, sae, f), steerPanel(sae, f))),
+        lensPanel(data, f), nearPanel(data, sae, f))),
+    h("section", { id: "steering" }, steerSection(data, sae, f)),
   ];
+}
+
+/** What judges say, those that say the same in one line. */
+function verdictLines(verdicts) {
+  const by = new Map();
+  for (const { v, judge } of verdicts) {
+    const said = v[1] || "no explanation", facts = `${judge.judge} judge, ${judge.n_contexts} contexts${v[0] === null ? ", no score" : `: ${num(v[0])} of 5, ${v[2].length} deviating`}`;
+    (by.get(said) || by.set(said, []).get(said)).push(facts);
+  }
+  return [...by].map(([said, facts]) => h("p", { class: "verdict" }, explained(said), h("small", null, ` — ${facts.join("; ")}`)));
 }
 
 function contextView(data, f, context, rank, deviates) {
@@ -155,11 +170,4 @@ function nearPanel(data, sae, f) {
   return panel("Neighbours", null, h("div", { class: "two" },
     h("div", null, h("h3", { title: "cosine of decoder directions" }, "decoder, cosine"), list(f.near, (r) => h("span", null, r[1].toFixed(2)))),
     h("div", null, h("h3", { title: "correlation of firing; and the share of this feature's tokens on which the other fires" }, "fires with, φ"), list(f.with, (r) => h("span", { title: `on ${percent(r[2])} of its tokens` }, r[1].toFixed(2))))));
-}
-
-function steerPanel(sae, f) {
-  const rows = sae.steering[f.i] || [];
-  const lost = Object.entries(sae.steering_left_out).map(([why, n]) => ` Left out: ${n} ${why}.`).join("");
-  if (!rows.length) return panel("Steering", `No steering example of this feature lies in the run's directory steer.${lost}`);
-  return panel("Steering", null, rows.map((r) => h("div", { class: "steer" }, h("p", null, h("b", null, visible(r.label)), " ", visible(r.prompt)), h("p", null, h("small", null, "as it is "), visible(r.base)), h("p", null, h("small", null, "steered "), visible(r.steered)))));
 }

@@ -83,6 +83,7 @@ def commands(run: Run, *, dialogues: int | None, evaluated: int | None) -> list[
         ["Evaluate on held-out dialogues", f"chatsae eval {path}{measured}"],
         ["Find out what its features respond to", f"chatsae features {path}{chosen}"],
         ["Score its features", f"chatsae judge {path}"],
+        ["Find the features of the template's tokens", f"chatsae tokens {path}{chosen}"],
     ]
 
 

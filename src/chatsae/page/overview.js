@@ -1,6 +1,11 @@
 /* The overview: what the run is, how good its SAEs are, and how far the scores can be believed. */
 
 const runOf = (data, sae) => data.runs[sae.run];
+/** A colour and a dash for each run; where there are many, for each method. */
+function styled(runs) {
+  const methods = [...new Set(runs.map((run) => run.method))];
+  runs.forEach((run, i) => (run.style = (runs.length > 5 ? methods.indexOf(run.method) : i) % 5));
+}
 const peers = (data, sae) => data.saes.filter((other) => other.name === sae.name);
 const FIGURE_TEXT = {
   mse: "MSE, all tokens", mse_st: "MSE, special tokens by id", mse_st_template: "MSE, special tokens by template",
@@ -8,17 +13,27 @@ const FIGURE_TEXT = {
   dead_fraction: "Dead features", dense_10pct: "Features on more than 10 % of tokens", duplicate_fraction: "Duplicate features",
   delta_loss: "Delta Loss, nats per token", kl: "KL divergence, nats per token", top1_agreement: "Same most likely next token",
 };
+const METHOD_TEXT = { fast: "fast: each dialogue alone, in its chat template", "bt-f": "bt-f: the same dialogues in blocks", "bt-f-isolated": "bt-f-isolated: those blocks, each dialogue seeing itself only", "bt-p": "bt-p: pretraining text in blocks" };
 const SHARES = new Set(["dead_fraction", "dense_10pct", "duplicate_fraction", "top1_agreement"]);
 
 function overview(data, sae) {
   const run = runOf(data, sae);
+  const parts = [
+    ["figures", "Figures", [metricsPanel(data, sae), identityPanel(data, sae)]],
+    ["firing", "Errors and firing", [heatPanel(data, sae), scatterPanel(sae), firingPanel(sae)]],
+    ["scores", "Scores", judgePanels(data, sae)],
+    ["special", "Special tokens", [specialPanel(data, sae)]],
+    ["steering", "Steering", [sweepPanel(data, sae)]],
+    ["training", "Training", [curvePanel(data, sae)]],
+    ["again", "Make it again", [reproducePanel(data, sae)]],
+  ];
   return [
     h("div", { class: "title" },
-      h("h1", null, sae.name, h("span", { class: `method s${sae.run}` }, run.name)),
-      h("p", null, `A sparse autoencoder on ${run.identity.find(([label]) => label === "Model")?.[1] || "a model"}. `, sae.features
-        ? h("a", { href: link(data, sae) }, `Look at ${plural(sae.features.length, "of its features", "of its features")}`) : "Its features are not in this page.")),
-    metricsPanel(data, sae), identityPanel(data, sae), heatPanel(data, sae), scatterPanel(sae), firingPanel(data, sae), densityPanel(sae),
-    ...judgePanels(data, sae), curvePanel(data, sae), reproducePanel(data, sae),
+      h("h1", null, sae.name, h("span", { class: `method s${run.style}` }, run.name)),
+      h("p", null, `A sparse autoencoder on the residual stream of the model ${run.identity.find(([label]) => label === "Model")?.[1] || "that it names"}. `, sae.features
+        ? h("a", { href: link(data, sae) }, `Look at ${plural(sae.features.length, "of its features", "of its features")}`) : "Its features are not in this page."),
+      h("nav", { class: "jump", "aria-label": "Parts of the overview" }, parts.map(([id, text]) => h("a", { href: `#overview/${id}` }, text)))),
+    ...parts.flatMap(([id, , panels]) => (panels[0].setAttribute("id", `part-${id}`), panels)),
   ];
 }
 
@@ -43,17 +58,15 @@ function metricsPanel(data, sae) {
     const values = all.map((one) => one.figures[key]?.value).filter((v) => v !== null && v !== undefined);
     const winner = best && values.length > 1 ? Math[best](...values) : null;
     const cells = all.map((one) => h("span", { class: winner !== null && one.figures[key]?.value === winner ? "best" : null }, figureText(key, one.figures[key])));
-    const marks = all.length > 1 && values.length ? intervals(all.map((one) => ({ name: runOf(data, one).name, style: one.run, value: one.figures[key]?.value ?? null, interval: one.figures[key]?.interval }))) : null;
+    const marks = all.length > 1 && values.length ? intervals(all.map((one) => ({ name: runOf(data, one).name, style: runOf(data, one).style, value: one.figures[key]?.value ?? null, interval: one.figures[key]?.interval }))) : null;
     return [h("span", { title: what }, FIGURE_TEXT[key] || human(key), best ? h("small", { title: best === "min" ? "smaller is better" : "larger is better" }, best === "min" ? " ↓" : " ↑") : null), ...cells, ...(all.length > 1 ? [marks] : [])];
   });
-  const head = ["", ...all.map((one) => h("span", { class: `method s${one.run}` }, runOf(data, one).name)), ...(all.length > 1 ? ["with intervals"] : [])];
+  const head = ["", ...all.map((one) => h("span", { class: `method s${runOf(data, one).style}` }, runOf(data, one).name)), ...(all.length > 1 ? ["with intervals"] : [])];
   const on = run.evaluated, alike = new Set(all.map((one) => runOf(data, one).evaluated.tokens_sha256)).size === 1;
-  const note = `${plural(on.n_dialogues, "held-out dialogue")}, each fed whole; in brackets 95 % intervals. ` +
+  const methods = [...new Set(all.map((one) => METHOD_TEXT[runOf(data, one).method]).filter(Boolean))];
+  const note = `${methods.length > 1 ? `Trained on: ${methods.join("; ")}. Measured on: ` : ""}${plural(on.n_dialogues, "held-out dialogue")}, each fed whole; in brackets 95 % intervals. ` +
     (all.length > 1 ? (alike ? "All on the same dialogues; bold is the best value, whether or not the intervals overlap. More active features leave less error, so read errors beside L0." : "The runs were evaluated on different dialogues: the figures cannot be compared.") : "");
-  const table_ = table(head, rows, { class: "metrics" });
-  const result = panel("Held-out dialogues", note, table_);
-  result.classList.add("wide");
-  return result;
+  return wideAs(panel("Held-out dialogues", note, table(head, rows, { class: "metrics" })), "wide");
 }
 
 const LACKS_SAMPLE = "Norms and errors of single tokens have not been measured.";
@@ -63,7 +76,7 @@ function heatPanel(data, sae) {
   if (!sae.sample) return panel("Error by role and kind", null, missing(LACKS_SAMPLE, sae.how));
   const cells = sae.sample.cells, roles = ROLES.map((_, i) => i).filter((r) => cells.some((c) => c.role === r));
   const kinds = KINDS.map((_, i) => i).filter((k) => cells.some((c) => c.kind === k));
-  const left = 88, top = 4, wide = 61, high = 38, width = left + wide * kinds.length + 4, height = top + high * roles.length + 46;
+  const left = 88, top = 4, wide = 61, high = Math.round(Math.min(76, Math.max(42, 290 / roles.length))), width = left + wide * kinds.length + 4, height = top + high * roles.length + 46;
   const logs = cells.filter((c) => c.mse > 0).map((c) => Math.log10(c.mse)), low = Math.min(...logs), span = Math.max(...logs) - low || 1;
   const svg = frame(`Mean squared error by role and kind: ${cells.map((c) => `${ROLE_TEXT[c.role]} ${KIND_TEXT[c.kind]} ${num(c.mse)} (${c.n} tokens)`).join("; ")}`, width, height);
   roles.forEach((r, i) => svg.append(s("text", { x: left - 7, y: top + high * i + high / 2 + 4, class: "tick end" }, ROLE_TEXT[r])));
@@ -77,8 +90,8 @@ function heatPanel(data, sae) {
     const share = cell.mse > 0 ? (Math.log10(cell.mse) - low) / span : 0;
     svg.append(s("g", { class: share > 0.55 ? "heat strong" : "heat" },
       s("rect", { x, y, width: wide - 2, height: high - 2, "fill-opacity": (0.05 + 0.9 * share).toFixed(3) }, tip(`${ROLE_TEXT[r]}, ${KIND_TEXT[k]}: MSE ${num(cell.mse)}, L0 ${num(cell.l0)}, ${plural(cell.n, "token")}`)),
-      s("text", { x: x + wide / 2 - 1, y: y + 17, class: "mid value" }, num(cell.mse, 2)),
-      s("text", { x: x + wide / 2 - 1, y: y + 31, class: "mid small" }, `n ${cell.n.toLocaleString("en-US")}`)));
+      s("text", { x: x + wide / 2 - 1, y: y + high / 2 - 2, class: "mid value" }, num(cell.mse, 2)),
+      s("text", { x: x + wide / 2 - 1, y: y + high / 2 + 13, class: "mid small" }, `n ${cell.n.toLocaleString("en-US")}`)));
   }));
   return panel("Error by role and kind", note, h("div", { class: "scroll" }, svg));
 }
@@ -89,17 +102,17 @@ function scatterPanel(sae) {
   const points = sample.points.filter((p) => p[0] > 0 && p[1] > 0), norms = points.map((p) => p[0]), errors = points.map((p) => p[1]);
   const low = Math.min(...norms) / 1.1, high = Math.max(...norms, sample.n_sinks ? sample.sink_norm : 0) * 1.1;
   const sinks = sample.n_sinks ? plural(sample.n_sinks, "norm sink") : "no norm sink";
-  const svg = frame(`Squared error against norm of ${points.length} tokens; ${sinks}`);
+  const tall = 320, svg = frame(`Squared error against norm of ${points.length} tokens; ${sinks}`, W, tall);
   const x = scale(low, high, PAD.left, W - PAD.right, true);
-  const y = scale(Math.min(...errors) / 1.2, Math.max(...errors) * 1.2, H - PAD.bottom, PAD.top, true);
-  axes(svg, x, y, "norm of the residual stream", "MSE");
+  const y = scale(Math.min(...errors) / 1.2, Math.max(...errors) * 1.2, tall - PAD.bottom, PAD.top, true);
+  axes(svg, x, y, "norm of the residual stream", "MSE", W, tall);
   const group = (p) => (p[4] ? "sink" : p[3] === 0 ? "content" : "template");
   for (const p of [...points].sort((a, b) => a[4] - b[4])) {
     const where = `${ROLE_TEXT[p[2]]}, ${KIND_TEXT[p[3]]}: norm ${num(p[0])}, MSE ${num(p[1])}`;
     svg.append(group(p) === "content" ? s("circle", { cx: x(p[0]), cy: y(p[1]), r: 2.4, class: "point content" }, tip(where))
       : s("path", { d: p[4] ? `M${x(p[0])} ${y(p[1]) - 6}l5.2 9h-10.4z` : `M${x(p[0]) - 2.5} ${y(p[1]) - 2.5}h5v5h-5z`, class: `point ${group(p)}` }, tip(p[4] ? `sink · ${where}` : where)));
   }
-  if (x(sample.sink_norm) < W - PAD.right) svg.append(s("line", { x1: x(sample.sink_norm), x2: x(sample.sink_norm), y1: PAD.top, y2: H - PAD.bottom, class: "mark" }, tip("10 times the median norm")));
+  if (x(sample.sink_norm) < W - PAD.right) svg.append(s("line", { x1: x(sample.sink_norm), x2: x(sample.sink_norm), y1: PAD.top, y2: tall - PAD.bottom, class: "mark" }, tip("10 times the median norm")));
   const key = h("p", { class: "legend" }, [["content", "content"], ["template", "written by the template"], ["sink", "norm sink"]].map(([name, text]) => h("span", null,
     s("svg", { viewBox: "0 0 12 12", width: 12, height: 12, "aria-hidden": "true" }, name === "content" ? s("circle", { cx: 6, cy: 6, r: 3, class: "point content" })
       : s("path", { d: name === "sink" ? "M6 1l5 9h-10z" : "M3 3h6v6h-6z", class: `point ${name}` })), " ", text)));
@@ -108,8 +121,14 @@ function scatterPanel(sae) {
 
 const LACKS_FEATURES = "The features of this SAE have not been looked at.";
 
-function firingPanel(data, sae) {
-  if (!sae.firing) return panel("Active features per token", null, missing(LACKS_FEATURES, sae.how));
+const LOW = { width: W, height: 172 };
+
+function firingPanel(sae) {
+  if (!sae.firing) return panel("What fires", null, missing(LACKS_FEATURES, sae.how));
+  return panel("What fires", null, l0Figure(sae), densityFigure(sae));
+}
+
+function l0Figure(sae) {
   const counts = sae.firing.l0, low = counts[0][0], high = counts[counts.length - 1][0] + 1, step = Math.max(1, Math.ceil((high - low) / 48));
   const bins = [];
   for (let from = low; from < high; from += step) {
@@ -119,20 +138,20 @@ function firingPanel(data, sae) {
   const total = counts.reduce((sum, [, c]) => sum + c, 0), mean = counts.reduce((sum, [v, c]) => sum + v * c, 0) / total;
   let seen = 0;
   const median = counts.find(([, c]) => (seen += c) >= total / 2)[0];
-  return panel("Active features per token", `L0 of ${plural(total, "token")} drawn from the interpretation split: mean ${num(mean)}, median ${median}.`,
-    histogram(bins, { xLabel: "active features (L0)", yLabel: "tokens", words: `Histogram of L0 from ${low} to ${high - 1}, mean ${num(mean)}, median ${median}`, marks: [{ at: mean, text: `mean ${num(mean)}` }] }));
+  return h("figure", null, h("figcaption", null, "Active features per token"), h("p", { class: "note" }, `${plural(total, "token")} of the interpretation split: mean ${num(mean)}, median ${median}.`),
+    histogram(bins, { ...LOW, xLabel: "active features (L0)", yLabel: "tokens", words: `Histogram of L0 from ${low} to ${high - 1}, mean ${num(mean)}, median ${median}`, marks: [{ at: mean, text: `mean ${num(mean)}` }] }));
 }
 
-function densityPanel(sae) {
-  if (!sae.firing) return panel("Density of features", null, missing(LACKS_FEATURES, sae.how));
+function densityFigure(sae) {
   const { density, dead, d_sae } = sae.firing, known = new Map(density), bins = [];
+  if (!density.length) return h("p", { class: "note" }, `None of ${plural(d_sae, "feature")} is ever active.`);
   for (let b = density[0][0]; b <= Math.min(-1, density[density.length - 1][0]); b++) {
     const n = (known.get(b) || 0) + (b === -1 ? known.get(0) || 0 : 0), low = 10 ** (b / 4), high = 10 ** ((b + 1) / 4);
     bins.push({ low, high, n, text: `${percent(low)} to ${percent(high)} of tokens: ${plural(n, "feature")}`, class: high > 0.1001 ? "bar dense" : "bar" });
   }
   const dense = bins.filter((b) => b.class === "bar dense").reduce((sum, b) => sum + b.n, 0);
-  return panel("Density of features", `Share of ${plural(sae.store.n_tokens, "token")} on which each of ${plural(d_sae, "feature")} is active: ${num(dead)} never, ${num(dense)} on more than 10 %.`,
-    histogram(bins, { xLabel: "share of tokens, by logarithm", yLabel: "features", log: true, words: `Histogram of density; ${dead} features never fire, ${dense} on more than 10 % of tokens` }));
+  return h("figure", null, h("figcaption", null, "Density of features"), h("p", { class: "note" }, `Share of ${plural(sae.store.n_tokens, "token")} on which each is active: of ${plural(d_sae, "feature")} ${num(dead)} never, ${num(dense)} on more than 10 %.`),
+    histogram(bins, { ...LOW, xLabel: "share of tokens, by logarithm", yLabel: "features", log: true, words: `Histogram of density; ${dead} features never fire, ${dense} on more than 10 % of tokens` }));
 }
 
 const CURVE_TEXT = { mse: "MSE", l0: "L0, active features per token", sparsity: "Sparsity loss", loss: "Loss", dead_fraction: "Share of dead features", gsnr: "Gradient signal to noise" };
@@ -140,64 +159,18 @@ const CURVE_TEXT = { mse: "MSE", l0: "L0, active features per token", sparsity: 
 function curvePanel(data, sae) {
   const all = peers(data, sae), names = [...new Set(all.flatMap((one) => Object.keys(runOf(data, one).curves[sae.name] || {})))];
   if (!names.length) return panel("Training", null, missing("The run has logged no training metrics."));
-  const key = all.map((one) => ({ name: runOf(data, one).name, style: one.run }));
+  const key = all.map((one) => ({ name: runOf(data, one).name, style: runOf(data, one).style }));
   const result = panel("Training", "What each step logged of its batch, over the tokens trained on.", legend(key), h("div", { class: "multiples" }, names.map((name) => {
-    const series = all.map((one) => ({ name: runOf(data, one).name, style: one.run, points: (runOf(data, one).curves[sae.name]?.[name] || []).map(([t, v]) => [t / 1e6, v]) })).filter((line) => line.points.length);
+    const series = all.map((one) => ({ name: runOf(data, one).name, style: runOf(data, one).style, points: (runOf(data, one).curves[sae.name]?.[name] || []).map(([t, v]) => [t / 1e6, v]) })).filter((line) => line.points.length);
     const log = name !== "dead_fraction";
     return h("figure", null, h("figcaption", null, CURVE_TEXT[name] || human(name)), lines(series, { xLabel: "training tokens, millions", yLabel: `${human(name)}${log ? ", by logarithm" : ""}`, log, words: `${human(name)} while training: ${series.map((l) => `${l.name} ends at ${num(l.points[l.points.length - 1][1])}`).join(", ")}` }));
   })));
-  result.classList.add("wide", sae.judges.length ? "wide" : "full");
-  return result;
-}
-
-const interval = (share) => (share.interval ? `${percent(share.share)} [${percent(share.interval[0])}, ${percent(share.interval[1])}]` : "–");
-
-function judgePanels(data, sae) {
-  const how = `chatsae judge ${runOf(data, sae).path}`;
-  if (!sae.judges.length) {
-    const lacking = panel("Scores of features", null, missing("No judge has scored the features of this SAE.", sae.features ? how : sae.how));
-    lacking.classList.add("wide");
-    return [lacking];
-  }
-  return sae.judges.flatMap((found) => [cdfPanel(data, sae, found), calibrationPanel(data, found)]);
-}
-
-function cdfPanel(data, sae, found) {
-  const series = peers(data, sae).flatMap((one) => one.judges.filter((j) => j.judge === found.judge && j.n_contexts === found.n_contexts).map((j) => {
-    let sum = 0;
-    const points = [[0.5, 0], ...Object.entries(j.summary.counts).map(([score, n]) => [Number(score), (sum += n) / Math.max(1, j.summary.n)]), [5.5, 1]];
-    return { name: runOf(data, one).name, style: one.run, points, summary: j.summary };
-  }));
-  const lost = (j) => Object.values(j.without_score).reduce((a, b) => a + b, 0);
-  const rows = series.map(({ name, summary: j }) => [name, interval(j.high), num(j.mean), num(j.above_null), ...Object.values(j.counts).map(num), num(lost(j))]);
-  const result = panel(`Scores of features: ${found.judge} judge, ${found.n_contexts} contexts`, "1 no pattern … 5 a clear one without exceptions (the paper's rubric). The curve that stays lower has more features with high scores.",
-    legend(series), h("div", { class: "beside" }, lines(series, { xLabel: "score", yLabel: "share of features up to it", steps: true, xs: [0.5, 5.5], ys: [0, 1], xTicks: [1, 2, 3, 4, 5], words: `Cumulative distribution of scores: ${series.map((l) => `${l.name}: ${interval(l.summary.high)} score 4 or 5`).join("; ")}` }),
-    table(["", "scores 4 and 5 [95 %]", "mean", "above nulls", "1", "2", "3", "4", "5", "none"], rows)));
-  result.classList.add("wide2");
-  return result;
-}
-
-function calibrationPanel(data, found) {
-  const c = found.calibration, by = new Map();
-  for (const p of c.planted) (by.get(p.deviating) || by.set(p.deviating, []).get(p.deviating)).push(p);
-  const planted = [...by].map(([deviating, list]) => {
-    const scores = list.map((p) => p.score).filter((v) => v !== null);
-    return [`${deviating} of ${c.n_contexts} deviate`, num(list[0].expected), scores.length ? num(scores.reduce((a, b) => a + b, 0) / scores.length) : "–", `${scores.filter((v) => Math.round(v) === list[0].expected).length} of ${list.length}`];
-  });
-  const facts = [
-    ["Right on planted features", interval(c.accuracy)], ["Random tokens scored above 2", interval(c.false_positives.random)],
-    ["Shuffled contexts scored above 2", interval(c.false_positives.shuffled)], ["Agreement with itself, κ", num(c.retest_kappa)],
-    ["Agreement with the known scores, κ", num(c.planted_kappa)], ["Mean score of random tokens", num(c.null_mean.random)], ["Without a score", num(c.without_score)],
-  ];
-  return panel(`How far to believe the ${found.judge} judge`, "Features whose score is known were judged beside those of the SAE: patterns of the run's own dialogues with a known number of deviating contexts, and contexts without any pattern.",
-    h("dl", { class: "facts" }, facts.map(([label, value]) => [h("dt", null, label), h("dd", null, value)])),
-    table(["planted", "known score", "mean score", "right"], planted));
+  return wideAs(result, "full");
 }
 
 function reproducePanel(data, sae) {
   const run = runOf(data, sae), result = panel("How to make this again", `With chatsae ${data.chatsae}, and the recipe of the run below.`,
     run.commands.map(([what, line]) => [h("h3", null, what), command(line)]), h("h3", null, "Write this page"), command(data.command),
     h("details", null, h("summary", null, "The whole recipe (config.yaml)"), h("pre", null, run.recipe)));
-  result.classList.add("wide", "full");
-  return result;
+  return wideAs(result, "full");
 }

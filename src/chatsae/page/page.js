@@ -4,7 +4,8 @@ const wide = () => matchMedia("(min-width: 900px)").matches;
 
 async function main() {
   const data = await unpack($("data").textContent);
-  const view = { sae: 0, search: "", role: "", score: "", density: "", sort: "score", up: false, open: null, shown: [], cursor: -1, page: "overview" };
+  styled(data.runs);
+  const view = { sae: 0, search: "", role: "", score: "", density: "", token: "", sort: "score", up: false, open: null, shown: [], cursor: -1, page: "overview" };
   view.sae = Math.max(0, data.saes.findIndex((one) => one.features));
   $("sae").append(...data.saes.map((one, i) => h("option", { value: i }, `${runOf(data, one).name} · ${one.name}${one.features ? "" : " (no features)"}`)));
   $("pick").hidden = data.saes.length < 2;
@@ -12,11 +13,16 @@ async function main() {
   options("by-role", [["", "any role"], ...ROLE_TEXT.map((text, i) => [i, `prefers ${text}`])]);
   options("by-score", SCORES);
   options("by-density", DENSITIES);
+  const tokens = [...new Set(data.saes.flatMap(specialTexts))];
+  options("by-token", [["", "any token"], ...tokens.map((text) => [text, `fires on ${tokenText(text)}`])]);
+  $("by-token").hidden = !tokens.length;
   const sae = () => data.saes[view.sae];
 
   function drawOverview() {
-    $("overview").replaceChildren(...overview(data, sae()));
     document.title = `${sae().name} · chatsae report`;
+    if ($("overview").dataset.sae === String(view.sae)) return; // as it was left
+    $("overview").replaceChildren(...overview(data, sae()));
+    $("overview").dataset.sae = view.sae;
   }
 
   function drawList() {
@@ -28,7 +34,7 @@ async function main() {
       drawList();
     }));
     $("list").replaceChildren(...view.shown.map((f) => listRow(data, one, f)));
-    $("count").textContent = one.features ? `${view.shown.length.toLocaleString("en-US")} of ${plural(one.features.length, "feature")} with contexts; ${num(one.store.n_live)} of ${num(one.store.d_sae)} are live` : "";
+    $("count").textContent = one.features ? `${view.shown.length.toLocaleString("en-US")} of ${plural(one.features.length, "feature")}: ${num(one.drawn)} drawn${one.features.length > one.drawn ? `, ${num(one.features.length - one.drawn)} named by tables` : ""}; ${num(one.store.n_live)} of ${num(one.store.d_sae)} are live` : "";
     view.cursor = view.shown.findIndex((f) => f.i === view.open);
     markRows();
   }
@@ -81,6 +87,8 @@ async function main() {
     } else if (text === "features") [view.page, view.open] = ["features", null];
     else view.page = "overview";
     draw();
+    const part = number < 0 && text.match(/^overview\/(\w+)$/);
+    if (part) $(`part-${part[1]}`)?.scrollIntoView();
   }
 
   function draw() {
@@ -104,7 +112,7 @@ async function main() {
     if (!wide()) scrollTo(0, 0);
   }
 
-  for (const [id, key, event] of [["search", "search", "input"], ["by-role", "role", "change"], ["by-score", "score", "change"], ["by-density", "density", "change"]]) {
+  for (const [id, key, event] of [["search", "search", "input"], ["by-role", "role", "change"], ["by-score", "score", "change"], ["by-density", "density", "change"], ["by-token", "token", "change"]]) {
     $(id).addEventListener(event, () => {
       view[key] = $(id).value;
       drawList();

@@ -13,7 +13,7 @@ from chatsae.errors import UserError
 from chatsae.files import write_text
 from chatsae.page.data import Wanted, find_runs, page_data
 
-SCRIPTS = ("base.js", "charts.js", "overview.js", "explorer.js", "page.js")
+SCRIPTS = ("base.js", "charts.js", "judge.js", "special.js", "steer.js", "overview.js", "explorer.js", "page.js")
 
 
 def default_out(paths: Sequence[Path]) -> Path:

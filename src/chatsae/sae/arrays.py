@@ -6,10 +6,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chatsae.config import SAESpec
+from chatsae.sae import kernels, kernels_sums
 from chatsae.sae.base import SAE, Losses
+from chatsae.sae.crew import share
 from chatsae.sae.jumprelu import JumpReLUSAE
-from chatsae.sae.pairs import Activation
-from chatsae.sae.workspace import Array
+from chatsae.sae.pairs import Activation, screens
+from chatsae.sae.workspace import Array, space
+
+_KEPT = 2**23
+"""Weights of an encoder up to which its bfloat16 copy is kept from step to step."""
+_NO_ROWS = np.empty((0, 0), np.uint16)
+Vectors = dict[str, Array]
+"""The gradients of the parameters that are vectors, by name."""
 
 
 class Weights:
@@ -26,6 +34,9 @@ class Weights:
         self.b_enc, self.b_dec = named["b_enc"].numpy(), named["b_dec"].numpy()
         self.dtype = self.b_enc.dtype.type
         self.theta = np.zeros_like(self.b_enc)
+        self.keeps_norms = self.unit or self.weighted
+        self._norms, self._version = np.empty_like(self.b_enc), -1
+        self._narrowed, self._narrow_version = (_NO_ROWS, self._norms), -1
 
     def current(self) -> bool:
         """Whether the parameters lie where they did."""
@@ -38,10 +49,41 @@ class Weights:
                 self._sae.before_step_()
             self.theta = self._sae.threshold.detach().numpy()
 
+    def norms(self) -> Array:
+        """Those of the rows of W_dec where the form needs them: the steps keep them, others count as versions."""
+        if self.keeps_norms and self._version != self._sae.W_dec._version:
+            share(kernels.row_norms, len(self._norms), self.W_dec.size, self.W_dec, self._norms)
+            self._version = self._sae.W_dec._version
+        return self._norms
+
+    def narrowed(self, n: int) -> tuple[Array, Array] | None:
+        """`kernels.narrow` of W_enc where n tokens are screened with it; kept of small ones, by the sparse step."""
+        if self.W_enc.size > _KEPT or not screens(n, self.W_enc):
+            self.forget_narrowed()
+            return None
+        if self._narrow_version != self._sae.W_enc._version:
+            if self._narrowed[0].size == 0:
+                self._narrowed = np.empty(self.W_enc.shape, np.uint16), np.empty_like(self.b_enc)
+            share(kernels.narrow, len(self.b_enc), self.W_enc.size, self.W_enc, self.dtype(1), *self._narrowed)
+            self._narrow_version = self._sae.W_enc._version
+        return self._narrowed
+
+    def to_narrow(self) -> tuple[Array, Array]:
+        """What the sparse step is to keep; nothing where `narrowed` would not give it."""
+        return self._narrowed if self._narrow_version >= 0 else (_NO_ROWS, self._norms)
+
+    def forget_narrowed(self) -> None:
+        """W_enc changes, and nobody keeps it."""
+        self._narrow_version = -1
+
     def inputs(self, x: Float[Tensor, "N D"]) -> tuple[Array, Array]:
         """A batch, and what of it goes to the encoder."""
         batch = x.contiguous().numpy()
-        return batch, batch - self.b_dec if self.spec.apply_b_dec_to_input else batch
+        if not self.spec.apply_b_dec_to_input:
+            return batch, batch
+        sae_in = space("sae_in", batch.shape, self.dtype)
+        kernels_sums.subtract(batch, self.b_dec, sae_in)
+        return batch, sae_in
 
     def activation(self) -> Activation:
         return Activation(self.b_enc, self.theta, self.spec.bandwidth if self.jump else 0.0)
@@ -53,8 +95,9 @@ class Weights:
 
 def losses_of(mse: float, penalty: float, l0: float, firings: Array) -> Losses:
     """The losses in the dtype of the SAE, which is that of `firings`."""
-    values = np.array([mse + penalty, mse, penalty, l0], firings.dtype)
-    total, mse_, penalty_, l0_ = torch.from_numpy(values).unbind()
+    total, mse_, penalty_, l0_ = (
+        torch.from_numpy(np.array(value, firings.dtype)) for value in (mse + penalty, mse, penalty, l0)
+    )
     return Losses(total, mse_, penalty_, l0_, torch.from_numpy(firings))
 
 

@@ -32,6 +32,8 @@ class _Fast(Protocol):
         self, x: Float[Tensor, "N D"], *, lr: float, sparsity_scale: float, clip_grad_norm: float
     ) -> tuple[Losses, float]: ...
 
+    def count(self, *counts: Tensor) -> None: ...
+
 
 @runtime_checkable
 class Chooser(Protocol):
@@ -76,6 +78,10 @@ class Switch:
         losses, density = self.fast.dense(x, **numbers)
         self.dense = density > CROSSOVER * _HYSTERESIS
         return losses
+
+    def count(self, firings: Tensor, firing_counts: Tensor, steps_since_fired: Tensor) -> None:
+        """Add a step's firings [F] to what is remembered of them."""
+        self.fast.count(firings, firing_counts, steps_since_fired)
 
     def saved(self) -> int:
         """What a checkpoint keeps."""

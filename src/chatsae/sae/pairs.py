@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from chatsae.sae import kernels_pairs
+from chatsae.sae import kernels, kernels_pairs
 from chatsae.sae.crew import share
 from chatsae.sae.workspace import Array, fast_bfloat16, grown, product, space
 
@@ -50,7 +50,6 @@ class Pairs:
     features: Array
     acts: Array
     band: Array
-    touched: Array
     rows: Array
     row_of: Array
     r_begin: Array
@@ -60,27 +59,32 @@ class Pairs:
     slot: Array
     """Per row of more than `room` pairs its number among these, else -1."""
     slots: int
-
-    @property
-    def total(self) -> int:
-        return int(self.start[-1])
+    total: int
 
 
-def find(x: Array, rows: Array, act: Activation, *, limit: float, room: int) -> Pairs | None:
+def find(
+    x: Array, rows: Array, act: Activation, *, limit: float, room: int, narrowed: tuple[Array, Array] | None = None
+) -> Pairs | None:
     """The pairs of inputs x [N, D] and an encoder by feature [F, D]; None when they are more than `limit` of all.
 
     Every activation is a product in the dtype of x; see `chatsae.sae.kernels_pairs` for what the screen may do.
+    narrowed: `kernels.narrow` of the rows, where someone has it.
     """
     n, (F, d) = len(x), rows.shape
     search, size = _Search(x, rows, act), min(max(min(_BLOCK // d, _PAIRS // n), _LEAST), F)
-    if x.dtype == np.float32 and min(n, d, F) >= _NARROWEST and fast_bfloat16():
-        search.screen = _Screen(x, size)
+    if screens(n, rows):
+        search.screen = _Screen(x, size, narrowed)
     for f0 in range(0, F, size):
         block = slice(f0, min(f0 + size, F))
         search(block)
-        if int((search.end[: block.stop] - search.begin[: block.stop]).sum()) > limit * n * F:
+        if search.total > limit * n * F:
             return None
     return search.by_token(room)
+
+
+def screens(n: int, rows: Array) -> bool:
+    """Whether products in bfloat16 leave pairs out before the exact ones are made."""
+    return rows.dtype == np.float32 and min(n, *rows.shape) >= _NARROWEST and fast_bfloat16()
 
 
 class _Search:
@@ -90,53 +94,62 @@ class _Search:
         self.x, self.rows, self.act, self.low = x, rows, act, act.low
         self.begin, self.end = space("begin", len(rows), np.int64), space("end", len(rows), np.int64)
         self.screen: _Screen | None = None
-        self._used = 0
+        self.total = self._used = 0
 
     def __call__(self, block: slice) -> None:
-        n, k, dtype, kernels = len(self.x), block.stop - block.start, self.x.dtype.type, kernels_pairs
-        rows, b_enc, theta = self.rows[block], self.act.b_enc[block], self.act.theta[block]
+        n, k, dtype = len(self.x), block.stop - block.start, self.x.dtype.type
+        rows, b_enc, theta, low = (a[block] for a in (self.rows, self.act.b_enc, self.act.theta, self.low))
         counts, flags = space("counts", k, np.int64), space("flags", (k, (n + 7) // 8 * 8), np.uint8)
-        if self.screen is not None and not self.screen.count(rows, b_enc, self.low[block], flags, counts):
-            self.screen = None  # nor for the blocks to come, which are likely to be alike
-        z = None
+        begin, end = self.begin[block], self.end[block]
+        z, used = None, self._used
+        if self.screen is not None:
+            self.screen.count(block, rows, b_enc, low, flags, counts)
+            used = kernels_pairs.make_room(counts, begin, self._used)
+            if (
+                used - self._used - kernels_pairs.FREE * k > _SCREENED * n * k
+            ):  # exact products for all are the faster way
+                self.screen = None  # nor for the blocks to come, which are likely to be alike
         if self.screen is None:
             z = product("hidden_pre", torch.from_numpy(rows), torch.from_numpy(self.x).T, dtype)
-            share(kernels.count, k, z.size, z, b_enc, self.low[block], flags, counts)
-        bits = (flags, flags.view(np.uint64), b_enc, theta, dtype(self.act.bandwidth), dtype(0.5))
-        tail = (*bits, *self._make_room(block, counts))
+            share(kernels_pairs.count, k, z.size, z, b_enc, low, flags, counts)
+            used = kernels_pairs.make_room(counts, begin, self._used)
+        kinds = ("tokens", np.int32), ("acts", dtype), ("band", np.bool_)
+        self._lists = tuple(grown(name, used, self._used, kind) for name, kind in kinds)
+        tail = (flags.view(np.uint64), b_enc, theta, dtype(self.act.bandwidth), dtype(0.5), begin, end)
         if z is None:
-            work = int(counts.sum()) * rows.shape[1]
-            share(kernels.compact_screened, k, work, rows, self.x, *tail)
+            work = (used - self._used) * rows.shape[1]
+            share(kernels_pairs.compact_screened, k, work, rows, self.x, *tail, *self._lists)
         else:
-            share(kernels.compact, k, z.size, z, *tail)
-
-    def _make_room(self, block: slice, counts: Array) -> tuple[Array, ...]:
-        """Where the pairs of each feature begin and end, and the lists they go to."""
-        begin, used = self.begin[block], self._used
-        begin[0] = used
-        np.cumsum(counts[:-1] + 1, out=begin[1:])
-        begin[1:] += used
-        self._used = int(begin[-1] + counts[-1] + 1)
-        kinds = ("tokens", np.int32), ("acts", self.x.dtype.type), ("band", np.bool_)
-        self._lists = tuple(grown(name, self._used, used, kind) for name, kind in kinds)
-        return (begin, self.end[block], *self._lists)
+            share(kernels_pairs.compact, k, z.size, z, *tail, *self._lists)
+        self._used = used
+        self.total += kernels_pairs.found(begin, end)
 
     def by_token(self, room: int) -> Pairs:
         """Everything that was found."""
-        n, F, dtype = len(self.x), len(self.rows), self.x.dtype.type
-        total = int((self.end - self.begin).sum())
+        n, F, total, dtype = len(self.x), len(self.rows), self.total, self.x.dtype.type
+        rows, row_of, slot = space("by_feature", (3, F), np.int32)
+        features, places, r_tokens = space("by_pair", (3, total), np.int32)
+        acts, r_acts = space("acts_by_pair", (2, total), dtype)
+        band, r_begin = space("band_by_pair", total, np.bool_), space("r_begin", F + 1, np.int64)
         start, cursor = space("start", n + 1, np.int64), space("cursor", n, np.int64)
-        features, places = space("features", total, np.int32), space("places", total, np.int32)
-        r_tokens, r_acts = space("r_tokens", total, np.int32), space("r_acts", total, dtype)
-        acts, band = space("t_acts", total, dtype), space("t_band", total, np.bool_)
-        rows, row_of, slot = (space(name, F, np.int32) for name in ("rows", "row_of", "slot"))
-        touched, r_begin = space("touched", F, np.int32), space("r_begin", F + 1, np.int64)
         by_feature = (self.begin, self.end, *self._lists, self.act.bandwidth > 0, room)
-        by_row = (rows, row_of, r_begin, r_tokens, r_acts, places, slot, touched)
-        r, slots, met = kernels_pairs.by_token(*by_feature, start, cursor, features, acts, band, *by_row)
-        of_rows = {"rows": rows[:r], "row_of": row_of, "r_begin": r_begin[: r + 1], "slot": slot[:r], "slots": slots}
-        of_pairs = {"features": features, "acts": acts, "band": band, "r_tokens": r_tokens, "r_acts": r_acts}
-        return Pairs(start=start, touched=touched[:met], places=places, **of_rows, **of_pairs)
+        by_row = (rows, row_of, r_begin, r_tokens, r_acts, places, slot)
+        r, slots = kernels_pairs.by_token(*by_feature, start, cursor, features, acts, band, *by_row)
+        return Pairs(
+            start=start,
+            features=features,
+            acts=acts,
+            band=band,
+            rows=rows[:r],
+            row_of=row_of,
+            r_begin=r_begin[: r + 1],
+            r_tokens=r_tokens,
+            r_acts=r_acts,
+            places=places,
+            slot=slot[:r],
+            slots=slots,
+            total=total,
+        )
 
 
 class _Screen:
@@ -146,25 +159,26 @@ class _Screen:
     sums in float32 add D · 2⁻²⁴ each.
     """
 
-    def __init__(self, x: Array, size: int) -> None:
-        d = x.shape[1]
-        with np.errstate(all="ignore"):
-            norms = np.sqrt(np.einsum("nd,nd->n", x, x))
-        self._slack = norms * np.float32(1.01 * 3 * 2.0**-9 + d * 2.0**-22)
-        self._x = torch.from_numpy(x).bfloat16()
-        self._rows = space("narrow_rows", (size, d), np.uint16)
-        self._norms = space("narrow_norms", size, np.float32)
+    def __init__(self, x: Array, size: int, narrowed: tuple[Array, Array] | None) -> None:
+        n, d = x.shape
+        self._x, self._slack = space("narrow_x", (n, d), np.uint16), space("narrow_slack", n, x.dtype)
+        self._narrowed = narrowed
+        kernels.narrow(0, n, x, np.float32(1.01 * 3 * 2.0**-9 + d * 2.0**-22), self._x, self._slack)
+        if narrowed is None:
+            self._rows = space("narrow_rows", (size, d), np.uint16), space("narrow_norms", size, x.dtype)
 
-    def count(self, rows: Array, b_enc: Array, low: Array, flags: Array, counts: Array) -> bool:
-        """Flag the pairs of a block that may pass; False when they are too many for exact products."""
+    def count(self, block: slice, rows: Array, b_enc: Array, low: Array, flags: Array, counts: Array) -> None:
+        """Flag the pairs of a block that may pass."""
         k = len(rows)
-        narrow, norms = self._rows[:k], self._norms[:k]
-        share(kernels_pairs.narrow, k, rows.size, rows, narrow, norms)
-        weights = torch.from_numpy(narrow).view(torch.bfloat16)
+        if self._narrowed is not None:
+            narrow, norms = (array[block] for array in self._narrowed)
+        else:
+            narrow, norms = (array[:k] for array in self._rows)
+            share(kernels.narrow, k, rows.size, rows, np.float32(1), narrow, norms)
         z = space("narrow_z", (k, len(self._x)), np.uint16)
-        torch.mm(weights, self._x.T, out=torch.from_numpy(z).view(torch.bfloat16))
-        with np.errstate(all="ignore"):
-            bound = low - b_enc
-            bound -= np.float32(2**-21) * (abs(low) + abs(b_enc)) + np.float32(1e-30)  # the rounding of z + b_enc
-        share(kernels_pairs.count_screened, k, z.size, z, norms, self._slack, bound, flags, counts)
-        return int(counts.sum()) <= _SCREENED * z.size
+        torch.mm(_bfloat16(narrow), _bfloat16(self._x).T, out=_bfloat16(z))
+        share(kernels_pairs.count_screened, k, z.size, z, norms, self._slack, b_enc, low, flags, counts)
+
+
+def _bfloat16(bits: Array) -> torch.Tensor:
+    return torch.from_numpy(bits).view(torch.bfloat16)

@@ -11,7 +11,7 @@ from torch import Tensor
 from chatsae.config import Precision
 from chatsae.errors import UserError
 from chatsae.sae.base import SAE, Losses
-from chatsae.sae.choose import Chooser, StepKind, make_switch
+from chatsae.sae.choose import Chooser, StepKind, Switch, make_switch
 
 SAMPLING_WINDOW = 2000
 """Steps over which firing frequencies are counted (paper: feature sampling window)."""
@@ -128,11 +128,14 @@ def train_step(
     if state.step % SAMPLING_WINDOW == 0:
         state.firing_counts.zero_()
         state.window_tokens = 0
-    state.firing_counts += losses.firings
     state.window_tokens += len(x)
+    state.step += 1
+    if isinstance(switch, Switch):
+        switch.count(losses.firings, state.firing_counts, state.steps_since_fired)
+        return losses
+    state.firing_counts += losses.firings
     state.steps_since_fired += 1
     state.steps_since_fired.masked_fill_(losses.fired, 0)
-    state.step += 1
     return losses
 
 

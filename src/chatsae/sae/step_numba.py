@@ -8,7 +8,6 @@ products of the tokens with each other where these are few, and it is summed whe
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chatsae.sae import kernels
-from chatsae.sae.arrays import Array, Weights, by_feature, losses_of
+from chatsae.sae import kernels, kernels_sums
+from chatsae.sae.arrays import Vectors, Weights, by_feature, losses_of
 from chatsae.sae.base import SAE, Losses
 from chatsae.sae.crew import share
 from chatsae.sae.dense import DenseBatch
 from chatsae.sae.pairs import Pairs, find
-from chatsae.sae.workspace import moved, release, space
+from chatsae.sae.workspace import Array, moved, product, release, space
 
 _PARTS = 16  # of the sum for b_dec: fixed, so that threads change no bit
 _GRAM = 512
@@ -39,8 +38,9 @@ class FastStep:
 
     def __init__(self, sae: SAE, optimizer: torch.optim.Adam) -> None:
         self.sae, self.optimizer = sae, optimizer
-        self._named = dict(sae.named_parameters())
-        self._moments: dict[str, Moments] = {}
+        self._moments: dict[str, tuple[Array, Array]] = {}
+        self._steps: list[Array] = []
+        self._seen: Any = None
         self._limits = np.finfo(sae.b_enc.detach().numpy().dtype)
         self._was_dense = False
         sae.W_dec.data = moved(sae.W_dec.data)
@@ -58,6 +58,7 @@ class FastStep:
                     self.sae.W_enc.data = laid_out
                 else:
                     self.optimizer.state[self.sae.W_enc][key] = laid_out
+                    self._seen = None
 
     def weights(self) -> Weights:
         """The parameters, laid out, as the coming step finds them."""
@@ -77,9 +78,9 @@ class FastStep:
         """
         weights = self.weights()
         inputs, sae_in = weights.inputs(x)
-        pairs = find(
-            sae_in, weights.W_enc, weights.activation(), limit=limit, room=_ROOM if len(x) <= _GRAM else _ROOM_BEYOND
-        )
+        room = _ROOM if len(x) <= _GRAM else _ROOM_BEYOND
+        act, narrowed = weights.activation(), weights.narrowed(len(x))
+        pairs = find(sae_in, weights.W_enc, act, limit=limit, room=room, narrowed=narrowed)
         if pairs is None:
             return None
         if self._was_dense:
@@ -97,59 +98,59 @@ class FastStep:
         """
         self._was_dense = True
         weights = self.weights()
-        batch = DenseBatch(weights, *weights.inputs(x), self.sae.spec.coefficient * sparsity_scale)
+        batch = DenseBatch(weights, x, self.sae.spec.coefficient * sparsity_scale)
         if math.isfinite(batch.losses.total.item()):
-            grads, norm = batch.gradients()
-            numbers = self.numbers(lr, _clip(norm, clip_grad_norm))
-            for name, grad in grads.items():
-                arrays = self.arrays(name)
-                share(kernels.adam, len(grad), 8 * grad.size, *arrays, grad, numbers)
+            weights.forget_narrowed()
+            g_dec, g_enc, vectors, squared = batch.gradients()
+            numbers = self.numbers(lr, _clip(squared, vectors, clip_grad_norm))
+            args = (*self.arrays("W_dec"), *self.arrays("W_enc"), g_dec, g_enc, batch.pulls)
+            args = (*args, weights.keeps_norms, weights.norms(), numbers)
+            share(kernels.adam_dense, len(g_dec), 16 * g_dec.size, *args)
+            self.move(vectors, numbers)
         return batch.losses, batch.density
+
+    def count(self, *counts: Tensor) -> None:
+        """See `kernels_sums.count`."""
+        kernels_sums.count(*(tensor.numpy() for tensor in counts))
+
+    def move(self, vectors: Vectors, numbers: tuple[Any, ...]) -> None:
+        """Take the step of the parameters that are vectors."""
+        for name, grad in vectors.items():
+            kernels.adam_vector(*self.arrays(name), grad[None], numbers)
 
     def arrays(self, name: str) -> tuple[Array, Array, Array]:
         """A parameter and its moments, as rows."""
-        found = self._moments[name]
-        return self._weights.rows[name], found.mean, found.square
+        return self._weights.rows[name], *self._moments[name]
 
     def numbers(self, lr: float, clip: float) -> tuple[Any, ...]:
-        """Count a step of Adam, and give its numbers in the order of `kernels.adam`."""
-        k = 0
-        for name, p in self._named.items():
-            state = self.optimizer.state[p]
-            if name not in self._moments or self._moments[name].tensor is not state.get("exp_avg"):
-                self._moments[name] = self._read(name, p)
-            count = self._moments[name].steps
-            count += 1
-            k = int(count)
+        """Count a step of Adam, and give its numbers in the order of `kernels.adam_vector`."""
+        if self._seen is not self.optimizer.state:  # a state was loaded, or this is the first step
+            self._read()
+        for steps in self._steps:
+            steps += 1
+        k = int(self._steps[0])
         (group,) = self.optimizer.param_groups
         group["lr"] = lr
         (beta1, beta2), eps = group["betas"], group["eps"]
         corrected = lr / (1 - beta1**k), (1 - beta2**k) ** -0.5
-        limits = self._limits
+        limits, dtype = self._limits, self._limits.dtype.type
         values = (clip, beta1, 1 - beta1, beta2, 1 - beta2, *corrected, eps, limits.tiny, 4 * limits.eps)
-        return tuple(limits.dtype.type(v) for v in values)
+        return tuple(map(dtype, values))
 
-    def _read(self, name: str, p: torch.nn.Parameter) -> "Moments":
-        state = self.optimizer.state[p]
-        if not state:  # as torch makes it
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if p.dim() == 2:
-            for key in ("exp_avg", "exp_avg_sq"):
+    def _read(self) -> None:
+        """The state of Adam as arrays that share its memory."""
+        self._moments, self._steps = {}, []
+        for name, p in self.sae.named_parameters():
+            state = self.optimizer.state[p]
+            if not state:  # as torch makes it
+                state["step"] = torch.zeros((), dtype=torch.float32)
+                state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+                state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+            for key in ("exp_avg", "exp_avg_sq") if p.dim() == 2 else ():
                 state[key] = moved(state[key].T).T if name == "W_enc" else moved(state[key])
-        mean, square = (by_feature(name, state[key]) for key in ("exp_avg", "exp_avg_sq"))
-        return Moments(state["exp_avg"], mean, square, state["step"].numpy())
-
-
-@dataclass(frozen=True)
-class Moments:
-    """The state of Adam for one parameter, as arrays that share its memory; good for as long as `tensor` is in use."""
-
-    tensor: Tensor
-    mean: Array
-    square: Array
-    steps: Array
+            self._moments[name] = by_feature(name, state["exp_avg"]), by_feature(name, state["exp_avg_sq"])
+            self._steps.append(state["step"].numpy())
+        self._seen = self.optimizer.state
 
 
 class _Batch:
@@ -161,96 +162,72 @@ class _Batch:
         self.fast, self.weights, self.x, self.sae_in, self.pairs = fast, weights, x, sae_in, pairs
         self.coefficient = weights.spec.coefficient * sparsity_scale
         self.dtype = weights.dtype
-        self.d_out = space("d_out", x.shape, self.dtype)
-        self.d_acts = space("d_acts", pairs.total, self.dtype)
-        self.d_pre = space("d_pre", pairs.total, self.dtype)
-        self.squared_norm = 0.0
+        self.F, self.d_out = len(weights.b_enc), space("d_out", x.shape, self.dtype)
+        self.d_acts, self.d_pre = space("d_pairs", (2, pairs.total), self.dtype)
+        self.g_b = space("g_b", self.F, self.dtype)
+        self.stored = space("g_rows", (2, pairs.slots, x.shape[1]), self.dtype)
 
     def step(self, lr: float, clip_grad_norm: float) -> Losses:
         losses = self._forward()
         if not math.isfinite(losses.total.item()):
             return losses
-        rows, small = self._row_gradients(), self._small_gradients()
-        norm = math.sqrt(self.squared_norm + sum(float(np.vdot(g, g)) for g in small.values()))
-        numbers = self.fast.numbers(lr, _clip(norm, clip_grad_norm))
-        F, p = len(self.weights.b_enc), self.pairs
-        for name, (values, vectors, pulls, stored) in rows.items():
-            P, M, V = self.fast.arrays(name)
-            args = (p.row_of, p.r_begin, p.r_tokens, values, vectors, pulls, p.slot, stored)
-            unit = self.weights.unit and name == "W_dec"
-            share(kernels.adam_rows, F, 8 * P.size, P, M, V, *args, unit, numbers)
-        for name, grad in small.items():
-            kernels.adam(0, 1, *self.fast.arrays(name), grad[None], numbers)
+        squared, vectors, p, w = self._square_rows(), self._vectors(), self.pairs, self.weights
+        numbers = self.fast.numbers(lr, _clip(squared, vectors, clip_grad_norm))
+        dec = (*self.fast.arrays("W_dec"), p.r_acts, self.d_out, self.pulls, self.stored[0])
+        enc = (*self.fast.arrays("W_enc"), self.d_pre, self.sae_in, self.stored[1])
+        args = (p.row_of, p.r_begin, p.r_tokens, p.slot, *dec, *enc)
+        args = (*args, w.unit, w.keeps_norms, w.norms(), *w.to_narrow(), numbers)
+        share(kernels.adam_sparse, self.F, 16 * w.W_dec.size, *args)
+        self.fast.move(vectors, numbers)
         return losses
 
     def _forward(self) -> Losses:
-        p, w, (n, d), F = self.pairs, self.weights, self.x.shape, len(self.weights.b_enc)
-        norms, mse = space("norms", F, self.dtype), np.empty(n, self.dtype)
-        if w.unit:
-            share(kernels.row_norms, len(p.touched), len(p.touched) * d, w.W_dec, p.touched, norms)
+        p, w, (n, d), F, r = self.pairs, self.weights, self.x.shape, self.F, len(self.pairs.rows)
+        norms, mse = w.norms(), space("mse", n, self.dtype)
         args = (p.start, p.features, p.acts, w.W_dec, w.unit, norms, w.b_dec, self.dtype(2 / n))
         out = (self.d_out, self.d_acts, mse)
         share(kernels.decode, n, 2 * p.total * d, self.x, *args, *out, ends=p.start[1:])
 
-        r, l1 = len(p.rows), self.dtype(0 if w.jump else self.coefficient / n)
-        self.g_b, self.pulls, penalties = np.zeros(F, self.dtype), np.empty(r, self.dtype), np.empty(r, self.dtype)
-        by_row = (p.rows, p.r_begin, p.r_acts, p.places, self.d_acts)
-        self.crosses = np.empty(r, self.dtype)
-        out = (self.d_pre, self.pulls, self.crosses, penalties, self.g_b)
-        work = r * d if w.weighted else p.total
-        share(kernels.penalise, r, work, *by_row, w.W_dec, w.weighted, l1, *out)
-        firings = np.zeros(F, self.dtype)
-        firings[p.rows] = p.r_begin[1:] - p.r_begin[:-1]
+        l1, firings = self.dtype(0 if w.jump else self.coefficient / n), np.empty(F, self.dtype)
+        self.pulls, self.crosses, penalties = space("of_rows", (3, r), self.dtype)
+        args = (p.row_of, p.r_begin, p.r_acts, p.places, self.d_acts, norms, w.weighted, l1)
+        out = (firings, self.g_b, self.d_pre, self.pulls, self.crosses, penalties)
+        share(kernels.penalise, F, 2 * p.total, *args, *out)
         l0 = float(p.r_begin[-1]) / n
-        penalty = self.coefficient * l0 if w.jump else float(penalties.sum(dtype=np.float64))
-        return losses_of(float(mse.mean(dtype=np.float64)), penalty, l0, firings)
+        penalty = self.coefficient * l0 if w.jump else kernels_sums.total(penalties)
+        return losses_of(kernels_sums.total(mse) / n, penalty, l0, firings)
 
-    def _row_gradients(self) -> dict[str, tuple[Array, Array, Array, Array]]:
-        """What the gradients of W_dec and W_enc are sums of, and those of the rows with many pairs."""
-        p, d, r = self.pairs, self.x.shape[1], len(self.pairs.rows)
-        rows, zeros = {}, np.zeros(r, self.dtype)
-        terms = {
-            "W_dec": (p.r_acts, self.d_out, self.pulls, self.crosses),
-            "W_enc": (self.d_pre, self.sae_in, zeros, zeros),
-        }
-        for name, (values, vectors, pulls, crosses) in terms.items():
-            stored, squares = space(f"g_{name}", (p.slots, d), self.dtype), np.empty(r, self.dtype)
-            gram = p.slots < r and len(vectors) <= _GRAM
+    def _square_rows(self) -> float:
+        """The squared norm of the gradients of W_dec and W_enc; those of the rows with many pairs are stored."""
+        p, (n, d), r = self.pairs, self.x.shape, len(self.pairs.rows)
+        squares, zeros = space("squares", (2, r), self.dtype), np.zeros(r, self.dtype)
+        terms = (p.r_acts, self.d_out, self.pulls, self.crosses), (self.d_pre, self.sae_in, zeros, zeros)
+        gram = p.slots < r and n <= _GRAM
+        for (values, vectors, pulls, crosses), stored, out in zip(terms, self.stored, squares, strict=True):
             if gram:
-                y = torch.from_numpy(vectors)
-                products = torch.mm(y, y.T).numpy()
-                share(kernels.gram_squares, r, p.total, p.r_begin, p.r_tokens, values, products, squares)
-                squares += crosses
+                products = product("gram", y := torch.from_numpy(vectors), y.T, self.dtype)
+                share(kernels.gram_squares, r, p.total, p.r_begin, p.r_tokens, values, products, crosses, out)
             if p.slots > 0 or not gram:
                 by_row = (vectors, p.rows, p.r_begin, p.r_tokens, values, pulls, self.weights.W_dec, p.slot, not gram)
-                share(kernels.row_grads, r, p.total * d, *by_row, stored, squares, ends=p.r_begin[1:])
-            self.squared_norm += float(squares.sum(dtype=np.float64))
-            rows[name] = (values, vectors, pulls, stored)
-        return rows
+                share(kernels.row_grads, r, p.total * d, *by_row, stored, out, ends=p.r_begin[1:])
+        return float(kernels_sums.total(squares.reshape(-1)))
 
-    def _small_gradients(self) -> dict[str, Array]:
-        grads = {"b_enc": self.g_b, "b_dec": self.d_out.sum(0)}
-        if self.weights.spec.apply_b_dec_to_input:
-            grads["b_dec"] -= self._through_encoder()
-        if self.weights.jump:
-            grads[self.weights.threshold_name] = self._threshold_grad()
-        return grads
-
-    def _through_encoder(self) -> Array:
-        """(sum over tokens of d hidden_pre) @ W_enc.T, from the rows that fired."""
-        r, d = len(self.pairs.rows), self.x.shape[1]
-        cuts = np.arange(_PARTS + 1) * r // _PARTS
-        out = np.empty((_PARTS, d), self.dtype)
-        share(kernels.weighted_rows, _PARTS, r * d, self.weights.W_enc, self.pairs.rows, cuts, self.g_b, out)
-        return out.sum(0)
-
-    def _threshold_grad(self) -> Array:
-        p, w, grad = self.pairs, self.weights, np.empty_like(self.weights.theta)
-        bandwidth, l0 = self.dtype(w.spec.bandwidth), self.dtype(self.coefficient / len(self.x))
-        kernels.threshold_grad(p.start, p.features, p.band, self.d_acts, w.theta, bandwidth, l0, grad)
-        return grad * w.theta if w.unit else grad
+    def _vectors(self) -> Vectors:
+        w, (n, d), r = self.weights, self.x.shape, len(self.pairs.rows)
+        less = space("through_encoder", (_PARTS if w.spec.apply_b_dec_to_input else 0, d), self.dtype)
+        if len(less) > 0:  # (sum over tokens of d hidden_pre) @ W_enc.T, from the rows that fired
+            share(kernels_sums.weighted_rows, _PARTS, r * d, w.W_enc, self.pairs.rows, self.g_b, less)
+        vectors = {"b_enc": self.g_b, "b_dec": space("g_b_dec", d, self.dtype)}
+        kernels_sums.b_dec_grad(self.d_out, less, vectors["b_dec"])
+        if w.jump:
+            p, grad, l0 = self.pairs, np.empty(self.F, self.dtype), self.dtype(self.coefficient / n)
+            args = (p.start, p.features, p.band, self.d_acts, w.theta, self.dtype(w.spec.bandwidth), l0)
+            kernels.threshold_grad(*args, grad)
+            vectors[w.threshold_name] = grad * w.theta if w.unit else grad
+        return vectors
 
 
-def _clip(norm: float, most: float) -> float:
-    """What torch's clip_grad_norm_ multiplies gradients with."""
+def _clip(squared: float, vectors: Vectors, most: float) -> float:
+    """What torch's clip_grad_norm_ multiplies gradients with; `squared`: the squared norm of those of the weights."""
+    norm = math.sqrt(squared + kernels_sums.squared_norm(tuple(vectors.values())))
     return min(1.0, most / (norm + 1e-6))

@@ -22,6 +22,9 @@ from chatsae.steering.spec import SteerSpec
 from chatsae.steering.strength import Calibration, Effect, Scale, auto_alpha, measure_scale
 from chatsae.steering.tokens import token_features, token_table
 
+PAPER = ("0", "15", "25", "50", "100", "150", "200")
+"""The paper's strengths."""
+
 _SCALE_DIALOGUES = 64
 _ROWS = 32  # that are answered in one batch
 
@@ -31,7 +34,7 @@ class Ask:
     """What `steer_run` is asked; the fields of the verb."""
 
     feature: int
-    alphas: tuple[str, ...] = ("0", "15", "25", "50", "100", "150", "200")
+    alphas: tuple[str, ...] = PAPER
     prompts: tuple[str, ...] = ()
     sae: str | None = None
     max_new_tokens: int = 64
@@ -57,33 +60,70 @@ def steer_run(path: Path, ask: Ask) -> tuple[dict[str, Any], str]:
     Raises:
         UserError: there is no such run, SAE or feature, or a number cannot be.
     """
-    wanted = [_alpha(text) for text in ask.alphas]
+    wanted = [alpha_of(text) for text in ask.alphas]
+    ready = prepare(path, ask.sae, ask.feature, ask.dialogues)
+    strengths = [strength_facts(alpha, ready, ask.bound) for alpha in wanted]
+    prompts: list[Prompt] = list(ask.prompts) or [prompt_of(row) for row in ready.rows[:3]]
+    answers = _answers(ready.lm, prompts, [ready.spec.at(s["alpha"]) for s in strengths], ask)
+    facts = {"sae": ready.name, "feature": ask.feature, **ready.facts(), "strengths": strengths, **answers}
+    write_json(ready.folder() / f"{ready.name}-{ask.feature}.json", facts)
+    return facts, _text(facts)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A feature of a run, the model that it steers, and what its strengths are measured against."""
+
+    run: Run
+    name: str
+    sae: SAE
+    spec: SteerSpec
+    lm: LanguageModel
+    rows: tuple[Row, ...]
+    """Answered dialogues of the steering split."""
+    scale: Scale
+    calibration: Calibration
+
+    @property
+    def max_act(self) -> float | None:
+        """The feature's largest activation."""
+        acts, feature = self.scale.max_acts, self.spec.feature
+        return None if acts is None or feature is None else float(acts[feature])
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "median_norm": self.scale.median_norm,
+            "max_act": self.max_act,
+            "n_calibration_predictions": self.calibration.n_predictions,
+        }
+
+    def folder(self) -> Path:
+        """RUN/steer, made where it is missing."""
+        found = self.run.path / "steer"
+        found.mkdir(exist_ok=True)
+        return found
+
+
+def prepare(path: Path, sae_name: str | None, feature: int, dialogues: int) -> Prepared:
+    """Load a run's SAE and model, and measure the layer's scale on its steering split.
+
+    Raises:
+        UserError: there is no such run, SAE or feature, or no dialogue.
+    """
+    if dialogues < 1:
+        raise UserError(f"--dialogues must be at least 1, not {dialogues}")
     run = Run.read(path)
-    name, sae = _only(_saes(run, () if ask.sae is None else (ask.sae,)), path)
-    spec = SteerSpec(sae=sae, feature=ask.feature)
+    name, sae = _only(_saes(run, () if sae_name is None else (sae_name,)), path)
+    spec = SteerSpec(sae=sae, feature=feature)
     spec.direction()  # refuses a feature that does not exist before the model is loaded
     lm = load_model(run.config.model, head=True)
     sae.to(lm.device)
-    tokens = TokenBatch.concat(list(steer_split(run.config, lm, ask.dialogues)))
+    tokens = TokenBatch.concat(list(steer_split(run.config, lm, dialogues)))
     rows = rows_of_dialogues(tokens, lm.max_positions)
     few = tokens.select(range(min(_SCALE_DIALOGUES, len(tokens))))
     scale = measure_scale(lm, few, sae.spec.layer, sae)
-    calibration = Calibration(lm, spread_rows(rows)[0])
-    strengths = [_strength(alpha, spec, scale, calibration, ask.bound) for alpha in wanted]
-    prompts: list[Prompt] = list(ask.prompts) or [prompt_of(row) for row in rows[:3]]
-    answers = _answers(lm, prompts, [spec.at(s["alpha"]) for s in strengths], ask)
-    facts = {
-        "sae": name,
-        "feature": ask.feature,
-        "median_norm": scale.median_norm,
-        "max_act": None if scale.max_acts is None else float(scale.max_acts[ask.feature]),
-        "n_calibration_predictions": calibration.n_predictions,
-        "strengths": strengths,
-        **answers,
-    }
-    (run.path / "steer").mkdir(exist_ok=True)
-    write_json(run.path / "steer" / f"{name}-{ask.feature}.json", facts)
-    return facts, _text(facts)
+    return Prepared(run, name, sae, spec, lm, tuple(rows), scale, Calibration(lm, spread_rows(rows)[0]))
 
 
 def tokens_run(
@@ -130,8 +170,12 @@ def _only(saes: dict[str, SAE], path: Path) -> tuple[str, SAE]:
     return next(iter(saes.items()))
 
 
-def _alpha(text: str) -> float | None:
-    """A number, or None for auto."""
+def alpha_of(text: str) -> float | None:
+    """A number, or None for auto.
+
+    Raises:
+        UserError: it is neither.
+    """
     if text == "auto":
         return None
     try:
@@ -143,10 +187,13 @@ def _alpha(text: str) -> float | None:
     return value
 
 
-def _strength(
-    alpha: float | None, spec: SteerSpec, scale: Scale, calibration: Calibration, bound: float
-) -> dict[str, Any]:
-    """One strength in all units, and what it does to the predictions of the calibration answers."""
+def strength_facts(alpha: float | None, ready: Prepared, bound: float) -> dict[str, Any]:
+    """One strength, None: auto, in all units, and what it does to the predictions of the calibration answers.
+
+    Raises:
+        UserError: no strength stays within the bound.
+    """
+    scale, calibration, spec = ready.scale, ready.calibration, ready.spec
     if alpha is None:
         found = auto_alpha(calibration, spec, bound=bound, start=0.3 * scale.median_norm)
         label, effect = "auto", found.effect

@@ -81,13 +81,13 @@ def generate(
     if max_new_tokens < 1:
         raise UserError(f"{full.name}: a prompt of {longest} tokens leaves no room for an answer")
     beside = guard is not None and guard.max_kl > 0  # an unsteered copy of every row, fed the same tokens
-    flat, index = _distinct(specs)
+    flat, index = distinct_specs(specs)
     steering = attach(lm, flat, rows=[*index, *([()] * len(rows) if beside else [])], test=test)
     watch = None if guard is None else Watch(guard, len(rows))
     with steering, torch.inference_mode():
         loop = _Loop(steering, rows * 2 if beside else rows, use_cache)
         ids = loop.run(len(rows), max_new_tokens, watch)
-    ends = _ends(full)
+    ends = ending_ids(full)
     completions = []
     for i, (row, new) in enumerate(zip(rows, ids, strict=True)):
         text = str(full.tokenizer.decode(new, skip_special_tokens=True))
@@ -113,7 +113,7 @@ class _Loop:
     def run(self, n: int, max_new_tokens: int, watch: Watch | None) -> list[list[int]]:
         """New tokens of the first n rows; the rows after them are fed the same."""
         new: list[list[int]] = [[] for _ in range(n)]
-        ends, done = _ends(self._full), [False] * n
+        ends, done = ending_ids(self._full), [False] * n
         with self._steering.prompts(self._rows, self._offsets):
             for _ in range(max_new_tokens):
                 logits = self._forward()
@@ -148,7 +148,7 @@ class _Loop:
         self._mask = torch.cat([self._mask, torch.ones_like(tokens[:, None])], dim=1)
 
 
-def _distinct(specs: Sequence[Sequence[SteerSpec]]) -> tuple[list[SteerSpec], list[list[int]]]:
+def distinct_specs(specs: Sequence[Sequence[SteerSpec]]) -> tuple[list[SteerSpec], list[list[int]]]:
     """Every spec once, and for each row the indices of its own; a spec that several rows share is one object."""
     flat: list[SteerSpec] = []
     places: dict[int, int] = {}
@@ -162,7 +162,7 @@ def _distinct(specs: Sequence[Sequence[SteerSpec]]) -> tuple[list[SteerSpec], li
     return flat, index
 
 
-def _ends(full: LanguageModel) -> frozenset[int]:
+def ending_ids(full: LanguageModel) -> frozenset[int]:
     """Tokens that end an answer."""
     listed = full.model.generation_config.eos_token_id
     ids = listed if isinstance(listed, list) else [listed]

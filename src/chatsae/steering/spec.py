@@ -3,7 +3,7 @@
 import difflib
 import json
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -156,16 +156,22 @@ def load_specs(path: Path | str) -> tuple[SteerSpec, ...]:
     entries: list[Any] = data if isinstance(data, list) else [data]
     if not entries:
         raise UserError(f"steering recipe {path} holds no entry")
-    return tuple(_entry(entry, path, i) for i, entry in enumerate(entries))
+    return tuple(
+        spec_of(entry, f"{path}, entry {i}", lambda name: str(path.parent / name)) for i, entry in enumerate(entries)
+    )
 
 
-def _entry(entry: Any, path: Path, index: int) -> SteerSpec:
-    at = f"{path}, entry {index}"
+def spec_of(entry: Any, at: str, sae: Callable[[str], SAE | str]) -> SteerSpec:
+    """A spec from a mapping of its fields, as JSON and YAML hold it; `sae`: what the name of one stands for.
+
+    Raises:
+        UserError: says where (`at`) and which field.
+    """
     values = _typed(entry, SteerSpec, at)
     if "where" in values:
         values["where"] = _built(Where, _typed(values["where"], Where, f"{at}: where"), at)
     if isinstance(values.get("sae"), str):
-        values["sae"] = str(path.parent / values["sae"])
+        values["sae"] = sae(values["sae"])
     return _built(SteerSpec, values, at)
 
 

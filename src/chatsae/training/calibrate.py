@@ -39,16 +39,22 @@ class Prediction:
 
     lm_seconds: float | None
     sae_seconds: float | None
+    overlap: bool = False
+    """Whether they are spent at the same time."""
 
     @property
     def seconds(self) -> float | None:
         """Of the whole pass."""
-        return None if self.lm_seconds is None or self.sae_seconds is None else self.lm_seconds + self.sae_seconds
+        if self.lm_seconds is None or self.sae_seconds is None:
+            return None
+        return max(self.lm_seconds, self.sae_seconds) if self.overlap else self.lm_seconds + self.sae_seconds
 
     @property
     def lm_share(self) -> float | None:
-        """The part of them in the language model."""
-        return None if self.lm_seconds is None or not self.seconds else self.lm_seconds / self.seconds
+        """The language model's part of the work."""
+        if self.lm_seconds is None or self.sae_seconds is None or not self.seconds:
+            return None
+        return self.lm_seconds / (self.lm_seconds + self.sae_seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +69,14 @@ class Calibration:
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def predict(self, config: RunConfig, *, done: int = 0) -> Prediction:
+    def predict(self, config: RunConfig, *, done: int = 0, overlap: bool = False) -> Prediction:
         """The time of a pass from step `done` on, if the data are enough for its tokens."""
         steps, batch_size = steps_of(config.train).total, config.train.batch_size
         lm, read = self.lm.get(config.data.method), harvested(config, steps) - harvested(config, done)
         return Prediction(
             lm_seconds=None if lm is None else lm * read,
             sae_seconds=None if self.sae is None else self.sae * (steps - done) * batch_size,
+            overlap=overlap,
         )
 
 
@@ -108,6 +115,7 @@ def predict_run(
     way: Way,
     token_budget: int,
     done: int = 0,
+    overlap: bool = False,
     seconds: float = 2.0,
 ) -> float | None:
     """Time the model and the SAEs of a run, and say how long it will take from step `done` on; returns that in seconds.
@@ -119,7 +127,7 @@ def predict_run(
     prediction = None
     for share in (0.1, 0.9):
         found = _measure(config, specs, share * seconds, (config.data.method,), lm, lm.device, [])
-        prediction = found.predict(config, done=done)
+        prediction = found.predict(config, done=done, overlap=overlap)
         if prediction.seconds is None:
             console.say(f"no time is predicted: {'; '.join(found.missing)}")
         if prediction.seconds is None or prediction.seconds < WORTH_PREDICTING:

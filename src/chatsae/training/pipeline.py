@@ -6,7 +6,6 @@ from dataclasses import asdict
 from itertools import count
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from chatsae.batch import TokenBatch
@@ -25,9 +24,8 @@ from chatsae.lm.budget import choose_budget
 from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel
 from chatsae.lm.probe import choose_way
+from chatsae.training.overlap import overlaps
 from chatsae.training.schedule import steps_of
-
-_OVERLAP_PAYS = frozenset[str]()  # kinds of devices on which `chatsae bench overlap` has shown it
 
 
 def token_batches(
@@ -133,7 +131,7 @@ def activations(
         UserError: see `token_batches`, `Harvest` and `Mixer`.
     """
     ring_device(config.buffer.device, lm.device, 0)  # what cannot be is refused at once
-    overlap = overlaps(config.harvest, lm.device)
+    overlap = overlaps(config, lm)
     counts: Counter[str] | None = Counter() if overlap else tally
     tokens = token_batches(config.data, lm.tokenizer, seed=config.train.seed, facts=facts, tally=counts)
     how = harvest_facts(config.harvest, lm) if how is None else how
@@ -158,8 +156,3 @@ def activations(
         place=config.buffer.device,
         device=lm.device,
     )
-
-
-def overlaps(config: HarvestConfig, device: torch.device) -> bool:
-    """Whether the model reads ahead in a thread while the SAEs train; the results are the same to the bit."""
-    return config.overlap == "on" or (config.overlap == "auto" and device.type in _OVERLAP_PAYS)

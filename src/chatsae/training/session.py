@@ -20,6 +20,7 @@ from chatsae.runs import Run
 from chatsae.sae.grid import build_grid
 from chatsae.training.calibrate import duration, predict_run
 from chatsae.training.loop import Summary, make_states, train_states
+from chatsae.training.overlap import overlaps, shared_threads
 from chatsae.training.pipeline import activations, data_facts, harvest_facts
 
 
@@ -58,7 +59,9 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         console.say(f"{config.data.method}: {len(saes)} SAEs from one pass of {config.model.name}: {', '.join(saes)}")
         reading = {"lm": lm, "way": how["way"], "token_budget": how["token_budget"]}
         step = 0 if checkpoint is None else checkpoint.step
-        predicted, start = predict_run(config, specs, **reading, done=step), time.perf_counter()
+        overlap = overlaps(config, lm)
+        stack.enter_context(shared_threads(overlap, lm.device))
+        predicted, start = predict_run(config, specs, **reading, done=step, overlap=overlap), time.perf_counter()
         states = make_states(saes, config.train)
         summary = train_states(states, acts, config.train, layers=lm.layers, run=run, checkpoint=checkpoint)
         console.say(_sentence(summary, tally))

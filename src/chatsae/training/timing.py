@@ -44,7 +44,7 @@ def lm_rate(lm: Decoder, config: RunConfig, seconds: float, *, blocks: bool, not
     def forward(lengths: Sequence[int]) -> tuple[int, float]:
         tokens = bare_tokens([torch.randint(lm.vocab_size, (n,), generator=generator) for n in lengths])
         start = time.perf_counter()
-        broken_sequences(lm, unchecked(lm, tokens, way), tokens)  # which waits for a GPU
+        broken_sequences(lm.layers, unchecked(lm, tokens, way), tokens)  # which waits for a GPU
         return len(tokens.input_ids), time.perf_counter() - start
 
     probe = [min(_PROBE, lm.max_positions or _PROBE)]

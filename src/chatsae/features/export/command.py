@@ -1,7 +1,7 @@
 """`chatsae export`: the features or the evaluation of a run, in the formats of other tools. Nothing is sent."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,10 +10,10 @@ from typing import Any, Literal
 from chatsae import console
 from chatsae.console import Column
 from chatsae.errors import UserError
+from chatsae.exporting import directory, identifier, listed, write_json
 from chatsae.features.collect import Reading
 from chatsae.features.export import delphi, neuronpedia, saebench, saedashboard
-from chatsae.features.export.subject import Explanation, Names, Subject, identifier
-from chatsae.features.export.writing import MARK, directory, write_json
+from chatsae.features.export.subject import Explanation, Names, Subject
 from chatsae.features.judging import chosen, read_judgements
 from chatsae.features.session import RunFeatures
 from chatsae.lm.facts import planning_facts
@@ -85,7 +85,7 @@ def _evaluation(path: Path, wanted: Wanted, when: datetime) -> list[dict[str, An
         target = _out(path, wanted) / name
         with directory(target, facts) as folder:
             write_json(folder / f"{name}_eval_results.json", result)
-        written.append(_listed(target, facts))
+        written.append(listed(target, facts))
     return written
 
 
@@ -142,22 +142,15 @@ def _write(run: RunFeatures, subject: Subject, wanted: Wanted) -> dict[str, Any]
                 split=store.facts["split"],
                 tally=subject.tally,
             )
-        return _listed(target, facts)
+        return listed(target, facts)
     target = out / subject.names.model_id / subject.source
     with directory(target, facts) as folder:
         _WRITERS[wanted.format](subject, folder)
-    return _listed(target, facts)
+    return listed(target, facts)
 
 
 def _out(path: Path, wanted: Wanted) -> Path:
     return wanted.out or path / "exports" / wanted.format
-
-
-def _listed(target: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts with the files that were written and their bytes."""
-    files = sorted(p for p in target.rglob("*") if p.is_file() and p.name != MARK)
-    sizes = {p.relative_to(target).as_posix(): p.stat().st_size for p in files}
-    return {**facts, "left_out": dict(facts["left_out"]), "directory": str(target), "files": sizes}
 
 
 def _names(run: Run, sae: str, wanted: Wanted) -> Names:

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 from chatsae import console
 from chatsae.batch import TokenBatch
 from chatsae.errors import UserError
+from chatsae.exporting import write_json
 from chatsae.features.collect import Reading, check, harvest
-from chatsae.features.export.writing import write_json
 from chatsae.features.firings import firings, narrow
 from chatsae.lm.load import LanguageModel
 from chatsae.sae.base import SAE

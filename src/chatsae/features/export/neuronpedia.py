@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from chatsae.exporting import write_json
 from chatsae.features.export.subject import Sample, Subject, histogram, number
-from chatsae.features.export.writing import in_batches, write_json, write_lines
+from chatsae.features.export.writing import in_batches, write_lines
 from chatsae.features.records import Feature
 
 UPLOAD = 128

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from chatsae.exporting import write_json
 from chatsae.features.export.neuronpedia import tables, vector
 from chatsae.features.export.subject import Sample, Subject, number
-from chatsae.features.export.writing import in_batches, write_json
+from chatsae.features.export.writing import in_batches
 from chatsae.features.records import Feature
 
 BATCH = 128

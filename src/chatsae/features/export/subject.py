@@ -1,7 +1,6 @@
 """What an export is made of: one SAE, its features, and the names that other tools know them by."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from datetime import datetime
 
 import numpy as np
 
-from chatsae.errors import UserError
+from chatsae.exporting import check_identifier
 from chatsae.features.keeper import value_bins
 from chatsae.features.records import VALUE_BINS, VALUE_EDGES, VALUES_PER_OCTAVE, Context, Feature
 from chatsae.features.store import FeatureStore
@@ -20,9 +19,6 @@ MAX_TOKENS = 1024
 MAX_LOGITS = 20
 MAX_TEXT = 512
 """Characters of an explanation."""
-
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_NOT_NAME = re.compile(r"[^a-z0-9._-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,20 +35,11 @@ class Names:
 
     def __post_init__(self) -> None:
         for flag, value in (("--model-id", self.model_id), ("--set-name", self.set_name)):
-            if not _NAME.fullmatch(value) or "__" in value:
-                raise UserError(
-                    f"{flag}: lower-case letters, digits, '.', '-' and single '_' were expected, "
-                    f"beginning with a letter or a digit; {value!r} was given"
-                )
+            check_identifier(flag, value)
 
     def source(self, layer: int) -> str:
         """`LAYER-SET`, the id of an SAE's source."""
         return f"{layer}-{self.set_name}"
-
-
-def identifier(text: str) -> str:
-    """Text as an id: lower case, with dashes for what an id cannot hold."""
-    return re.sub("_+", "_", _NOT_NAME.sub("-", text.lower())).strip("-._") or "unnamed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,6 +68,21 @@ def intruder(text: str, n: int) -> int:
     return found
 
 
+def grade(text: str, most: int) -> int:
+    """A rating of 0 to `most`.
+
+    Raises:
+        Unreadable: there is none.
+    """
+    facts = _object(text, "rating")
+    if facts is None:
+        raise Unreadable("no JSON object with a rating")
+    found = _whole(facts["rating"])
+    if not 0 <= found <= most:
+        raise Unreadable(f"a rating of {found}")
+    return found
+
+
 def _plain(text: str) -> str:
     return _THOUGHT.sub("", text)
 

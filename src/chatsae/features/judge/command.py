@@ -1,9 +1,10 @@
 """`chatsae judge`: the judge that was asked for, what it would cost, and what it finds."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -15,6 +16,7 @@ from chatsae import console
 from chatsae.console import Column
 from chatsae.errors import UserError
 from chatsae.features.collect import Reading
+from chatsae.features.comparison import compare_scores
 from chatsae.features.judge.asking import Asker, Estimate, Prices, estimate
 from chatsae.features.judge.cache import Cache, Replay
 from chatsae.features.judge.client import Client
@@ -22,16 +24,23 @@ from chatsae.features.judge.local import LocalHF, LocalJudge
 from chatsae.features.judge.openai import OpenAICompat
 from chatsae.features.judge.rubric import PARAMS, RubricJudge, file_name
 from chatsae.features.judge.tasks import Tasks, silent_windows
-from chatsae.features.judging import Asked, Facts, Work, gather_work, judge_work, judgement_table
+from chatsae.features.judging import Asked, Facts, Work, gather_work, judge_work
 from chatsae.features.patterns.judge import PatternJudge
+from chatsae.features.random_directions import DIRECTIONS
 from chatsae.features.records import Context
+from chatsae.features.score_tables import comparison_table, judgement_table
 from chatsae.features.session import Ask, RunFeatures
 from chatsae.features.verdict import Judge, Verdict
 from chatsae.files import Lock
+from chatsae.runs import Run
 
 PAPER_FEATURES = 128
 """Features that the paper judges per SAE: the default where answers cost something."""
 
+PAID_CONTROLS = 20
+"""Features of each control where answers cost something."""
+
+_SECRET = re.compile(r"(?:x-)?(?:api[-_]?)?key|authorization|secret|password|(?:\w+[-_])?token", re.IGNORECASE)
 _LEAST_MASS = 0.5  # probability of all five digits together, below which a local model does not answer the question
 
 _ESTIMATE = (
@@ -53,7 +62,7 @@ _TASKS = (
 class Options:
     """What `chatsae judge` is told; see its help."""
 
-    run: Path
+    runs: tuple[Path, ...]
     sae: tuple[str, ...] = ()
     judge: str = "pattern"
     model: str | None = None
@@ -67,6 +76,8 @@ class Options:
     activations: bool = False
     repeat: int = 1
     also: tuple[Literal["detection", "intruder"], ...] = ()
+    controls: int | None = None
+    null_run: Path | None = None
     dialogues: int | None = None
     seed: int = 0
     dry_run: bool = False
@@ -79,6 +90,7 @@ class Options:
             ("--repeat", self.repeat, 1),
             ("--concurrency", self.concurrency, 1),
             ("--features", self.features, 0),
+            ("--controls", self.controls, 0),
             ("--seed", self.seed, 0),
             ("--budget", self.budget, 0),
             ("--price-in", self.price_in, 0),
@@ -90,11 +102,12 @@ class Options:
             raise UserError(f"--timeout must be more than 0 seconds, not {self.timeout}")
         if (self.price_in is None) != (self.price_out is None):
             raise UserError("--price-in and --price-out go together, in dollars per million tokens")
-
+        if not self.runs:
+            raise UserError("judge needs at least one run directory")
+        if self.null_run is not None and (len(self.runs) > 1 or self.controls == 0):
+            raise UserError("--null-run stands beside one run, and needs --controls above 0")
         if self.also and self.kind == "pattern":
             raise UserError("--also needs a language model as the judge; the pattern judge has its own held-out check")
-        if "detection" in self.also and self.kind == "local":
-            raise UserError("--also detection needs explanations, which --judge local does not give; serve it (openai)")
 
     @property
     def kind(self) -> str:
@@ -105,6 +118,11 @@ class Options:
     def free(self) -> bool:
         """Whether a verdict costs nothing but time."""
         return self.kind in ("pattern", "local")
+
+    @property
+    def n_controls(self) -> int:
+        """Features of each control: fewer where answers cost something."""
+        return self.controls if self.controls is not None else (DIRECTIONS if self.free else PAID_CONTROLS)
 
     def sampling(self) -> dict[str, Any]:
         """The sampling parameters; null takes one away.
@@ -118,30 +136,65 @@ class Options:
             given = None
         if not isinstance(given, dict) or {"model", "messages"} & set(given):
             raise UserError(f"--params must be a JSON object with sampling parameters, not {self.params}")
+        if wrong := [name for name in given if _SECRET.fullmatch(name)]:  # it would be kept with the request
+            raise UserError(f"--params holds {wrong[0]}; a key comes from a variable, --api-key-env NAME")
         return {name: value for name, value in (PARAMS | given).items() if value is not None}
 
 
 def judge(options: Options) -> tuple[dict[str, Any], str]:
-    """What was found, by SAE, or what it would cost; as JSON holds it and as a text table.
+    """What was found, by SAE, or what it would cost; as JSON holds it and as text tables.
+
+    Of several runs it stands under "runs" by their path, and "comparison" sets their scores side by side.
 
     Raises:
         UserError: the judge does not exist or cannot be asked, or the budget is spent.
     """
     if options.kind not in ("pattern", "openai", "local", "replay"):
         raise UserError(f"--judge {options.judge} is none of pattern, openai, local, replay:FILE")
-    run = RunFeatures(options.run, options.sae)
-    with _asker(options) as asker:
+    runs = [Run.read(path) for path in _run_paths(options.runs)]
+    found: dict[str, dict[str, Any]] = {}
+    texts, left = [], options.budget
+    for run in runs:
+        facts, text, spent = _judge_run(replace(options, budget=left), run.path)
+        found[str(run.path)] = facts
+        texts.append(text if len(runs) == 1 else f"{run.path}\n{text}")
+        left = None if left is None else max(left - spent, 0.0)
+    if len(runs) == 1:
+        return found[str(runs[0].path)], texts[0]
+    if options.dry_run:
+        return {"runs": found}, "\n\n".join(texts)
+    judged = {(f["sae"], f["judge"], f["n_contexts"]) for facts in found.values() for f in facts.values()}
+    compared = [c for c in compare_scores(runs) if (c["sae"], c["judge"], c["n_contexts"]) in judged]
+    texts += [comparison_table(compared)] if compared else []
+    return {"runs": found, "comparison": compared}, "\n\n".join(texts)
+
+
+def _run_paths(paths: Sequence[Path]) -> list[Path]:
+    """Run directories, and those below a directory of runs; each once."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        below = [] if (path / "config.yaml").is_file() else sorted(p.parent for p in path.glob("*/config.yaml"))
+        for one in below or [path]:
+            found.setdefault(one.resolve(), one)
+    return list(found.values())
+
+
+def _judge_run(options: Options, path: Path) -> tuple[dict[str, Any], str, float]:
+    """What was found of a run, as JSON holds it and as text, and the dollars it took."""
+    run = RunFeatures(path, options.sae)
+    with open_asker(options, path) as asker:
         limit = options.features if options.features is not None else (0 if options.free else PAPER_FEATURES)
         asked = gather_work(
             run,
             ask=Ask(dialogues=options.dialogues),
             n_contexts=options.contexts,
             limit=limit,
+            controls=options.n_controls,
+            null=options.null_run,
             seed=options.seed,
         )
-        if options.dry_run:
-            return _dry_run(options, asked, asker)
-        return _judge(options, asked, asker)
+        facts, text = _dry_run(options, asked, asker) if options.dry_run else _judge(options, asked, asker)
+        return facts, text, 0.0 if asker is None else asker.usage.cost or 0.0
 
 
 def _judge(options: Options, asked: Asked, asker: Asker | None) -> tuple[dict[str, Any], str]:
@@ -153,7 +206,7 @@ def _judge(options: Options, asked: Asked, asker: Asker | None) -> tuple[dict[st
         if isinstance(asker.client, LocalHF):
             chosen = LocalJudge.of(asker.client, activations=options.activations, seed=options.seed)
         if options.also:
-            more = partial(_more, options, asked, tasks)
+            more = partial(_more, options, asked, tasks, _rubric(options, asker))
     try:
         found = judge_work(asked, chosen, repeats=options.repeat, more=more)
     finally:
@@ -174,11 +227,21 @@ def _judge(options: Options, asked: Asked, asker: Asker | None) -> tuple[dict[st
     return found, "\n\n".join(tables)
 
 
-def _more(options: Options, asked: Asked, tasks: Tasks, work: Work, verdicts: Sequence[Verdict]) -> Facts:
+def _more(
+    options: Options, asked: Asked, tasks: Tasks, rubric: RubricJudge, work: Work, verdicts: Sequence[Verdict]
+) -> Facts:
     silent = _silent(asked, work)
     found: Facts = {}
     if "detection" in options.also:
-        found["detection"] = tasks.detection(work.features, verdicts, silent)
+        told = verdicts
+        if options.kind == "local":  # its scores come without a word
+            with console.progress(f"explain {work.sae}", len(work.features)) as advance:
+                told = []
+                for verdict in rubric.verdicts(work.features, n_contexts=asked.n_contexts):
+                    told.append(verdict)
+                    advance(1)
+        found["detection"] = tasks.detection(work.features, told, silent)
+        found["detection"]["explanations"] = {str(v.feature): v.explanation for v in told if v.explanation}
     if "intruder" in options.also:
         found["intruder"] = tasks.intruder(work.features, asked.n_contexts, silent)
     return found
@@ -209,7 +272,7 @@ def _rubric(options: Options, asker: Asker) -> RubricJudge:
 
 
 @contextmanager
-def _asker(options: Options) -> Iterator[Asker | None]:
+def open_asker(options: Options, path: Path) -> Iterator[Asker | None]:
     """The model behind a judge, closed when the judging ends; None of the pattern judge.
 
     Raises:
@@ -225,7 +288,7 @@ def _asker(options: Options) -> Iterator[Asker | None]:
         client, cache, concurrency = _client(options), None, 1
         stack.callback(client.close)
         if options.kind == "openai":
-            folder = options.run / "judge"
+            folder = path / "judge"
             folder.mkdir(exist_ok=True)
             stack.callback(Lock(folder, "judge directory").close)
             cache, concurrency = Cache(folder / "cache.sqlite"), options.concurrency

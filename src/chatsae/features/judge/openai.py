@@ -130,10 +130,11 @@ class OpenAICompat:
             content, refusal = message.get("content") or "", message.get("refusal")
             if not isinstance(content, str):
                 raise TypeError("content is no text")
-            tokens = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+            tokens = (_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise _BrokenError(f"no chat completion ({error}): {response.text[:200]}") from None
+            raise _BrokenError(f"no chat completion ({error}): {self.redact(response.text)[:200]}") from None
         finish = choice.get("finish_reason")
+        finish = self.redact(str(finish)) if finish else None
         if not refusal and not content and finish == "content_filter":
             refusal = "the server's content filter"
         return Answer(self.redact(content), self.redact(str(refusal)) if refusal else None, finish, *tokens)
@@ -175,6 +176,11 @@ def retry_after(value: str | None, now: datetime) -> float | None:
         return None
     when = when if when.tzinfo else when.replace(tzinfo=UTC)
     return max(0.0, (when - now).total_seconds())
+
+
+def _count(tokens: Any) -> int | None:
+    """Tokens that a server tells, if it is a number of them."""
+    return tokens if isinstance(tokens, int) and not isinstance(tokens, bool) and tokens >= 0 else None
 
 
 def _code(response: httpx2.Response) -> str | None:

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Bool
 
 from chatsae.batch import TokenBatch
-from chatsae.features.calibration import share
 from chatsae.features.collect import Reading, harvest
 from chatsae.features.firings import narrow
 from chatsae.features.judge import prompts
@@ -22,6 +21,7 @@ from chatsae.features.judge.asking import Asker
 from chatsae.features.judge.client import Request
 from chatsae.features.judge.rubric import PARAMS
 from chatsae.features.records import Context, Feature
+from chatsae.features.scores import share
 from chatsae.features.verdict import Verdict
 from chatsae.lm.load import LanguageModel
 from chatsae.sae.base import SAE

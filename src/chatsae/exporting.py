@@ -1,0 +1,80 @@
+"""What every export shares: directories that are written as a whole, and ids that other sides accept."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from chatsae.errors import UserError
+
+MARK = "export.json"
+"""Says what a directory holds, and that it may be replaced."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_NOT_NAME = re.compile(r"[^a-z0-9._-]+")
+
+
+@contextmanager
+def directory(path: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
+    """A temporary directory that takes the place of `path` at the end, with `facts` (read then) in its MARK.
+
+    Raises:
+        UserError: it cannot be written, or holds files that are no export.
+    """
+    if path.exists() and not (path / MARK).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} holds other files than an export (no {MARK}); choose another --out")
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    try:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        write_json(temporary / MARK, dict(facts))
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def listed(target: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts with the files that were written and their bytes."""
+    files = sorted(p for p in target.rglob("*") if p.is_file() and p.name != MARK)
+    sizes = {p.relative_to(target).as_posix(): p.stat().st_size for p in files}
+    return {**facts, "left_out": dict(facts["left_out"]), "directory": str(target), "files": sizes}
+
+
+def write_json(path: Path, value: Any, *, compact: bool = False) -> None:
+    """Write JSON, for people or, `compact`, without a space.
+
+    Raises:
+        ValueError: a number in it is NaN or infinite.
+    """
+    separators = (",", ":") if compact else None
+    text = json.dumps(value, indent=None if compact else 2, separators=separators, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def identifier(text: str) -> str:
+    """Text as an id: lower case, with dashes for what an id cannot hold."""
+    return re.sub("_+", "_", _NOT_NAME.sub("-", text.lower())).strip("-._") or "unnamed"
+
+
+def check_identifier(flag: str, value: str) -> None:
+    """Refuse what no id can be.
+
+    Raises:
+        UserError: it holds something else than lower-case letters, digits, dots, dashes and single underscores.
+    """
+    if not _NAME.fullmatch(value) or "__" in value:
+        raise UserError(
+            f"{flag}: lower-case letters, digits, '.', '-' and single '_' were expected, "
+            f"beginning with a letter or a digit; {value!r} was given"
+        )

@@ -1,0 +1,210 @@
+"""The run that is served: its model, its SAEs by name, and what requests become beside them."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chatsae.batch import Dialogue, Message, TokenBatch
+from chatsae.data.render import render
+from chatsae.data.store.splits import split_tokens
+from chatsae.data.template import encode
+from chatsae.errors import UserError
+from chatsae.features.lookup import on_tokens
+from chatsae.features.session import RunFeatures
+from chatsae.lm.harvest import bare_tokens
+from chatsae.sae.base import SAE
+from chatsae.serve.errors import ApiError
+from chatsae.serve.requests import ChatRequest, FeaturesRequest
+from chatsae.steering.hooks import Steering
+from chatsae.steering.proof import self_test
+from chatsae.steering.rows import Row, row_of_prompt
+from chatsae.steering.spec import SteerSpec, spec_of
+from chatsae.steering.strength import Scale, absolute, measure_scale
+
+_SPECS = 16  # of one request
+_SCALE_DIALOGUES = 64
+_STRONGEST = 1e38  # float32 holds it
+
+
+class Served:
+    """A run's model and SAEs. `render`, `specs` and `tokens` may run in any one thread; the rest uses the model.
+
+    Attributes: name (of the model, as clients say it), lm, saes, context (tokens of a prompt and its answer at most).
+
+    Raises:
+        UserError: there is no such run, it has no SAE, or its model cannot be steered.
+    """
+
+    def __init__(self, path: Path, max_context: int) -> None:
+        self._features = RunFeatures(path)
+        self.saes: Mapping[str, SAE] = self._features.saes
+        self.lm = self._features.lm
+        if not self.lm.tokenizer.chat_template:
+            raise UserError(f"{self.lm.name}: the tokenizer has no chat template; an instruct model is needed")
+        self.name = Path(self.lm.name).name if Path(self.lm.name).is_absolute() else self.lm.name
+        self.context = min(max_context, self.lm.max_positions or max_context)
+        self._tokenizer = copy.deepcopy(self.lm.tokenizer)  # one thread each
+        self._few: TokenBatch | None = None
+        self._scales: dict[str | int, Scale] = {}
+        self._proven: set[int] = set()
+        for sae in self.saes.values():
+            self.prove([SteerSpec(sae=sae, feature=_live(sae))])
+
+    def listed(self) -> dict[str, Any]:
+        """The model as /v1/models lists it."""
+        saes = [
+            {"name": name, "layer": s.layer, "d_sae": s.d_sae, "architecture": s.architecture}
+            for name, s in ((name, sae.spec) for name, sae in self.saes.items())
+        ]
+        facts = {"id": self.name, "object": "model", "created": 0, "owned_by": "chatsae"}
+        return facts | {"context": self.context, "saes": saes}
+
+    def prompt(self, request: ChatRequest, most: int) -> tuple[Row, int]:
+        """The rendered prompt, and how many tokens its answer may have.
+
+        Raises:
+            ApiError: the template refuses it, or there is no room.
+        """
+        try:
+            row = row_of_prompt(request.messages, self._tokenizer)
+        except UserError as error:
+            raise ApiError(400, str(error), param="messages") from None
+        room = self.context - len(row)
+        if request.max_tokens is not None and request.max_tokens > most:
+            message = f"max_tokens is {request.max_tokens}; this server allows answers of {most} tokens"
+            raise ApiError(400, message, param="max_tokens", code="invalid_value")
+        if room < max(request.max_tokens or 1, 1):
+            asked = "" if request.max_tokens is None else f" and {request.max_tokens} for the answer"
+            message = f"this model's context is {self.context} tokens; the messages have {len(row)}{asked}"
+            raise ApiError(400, message, param="messages", code="context_length_exceeded")
+        return row, min(room, request.max_tokens or most)
+
+    def specs(self, entries: Sequence[Mapping[str, Any]]) -> tuple[SteerSpec, ...]:
+        """The specs of a request, their SAEs by name; strengths may still be relative.
+
+        Raises:
+            ApiError: one of them cannot be.
+        """
+        if len(entries) > _SPECS:
+            raise ApiError(400, f"steering: at most {_SPECS} specs, not {len(entries)}", param="steering")
+        found = []
+        for i, entry in enumerate(entries):
+            at = f"steering[{i}]"
+            if "feature" in entry and "sae" not in entry and len(self.saes) == 1:
+                entry = {**entry, "sae": next(iter(self.saes))}
+            try:
+                spec = spec_of(entry, at, lambda name, at=at: self._sae(name, f"{at}.sae"))
+                if spec.unit == "auto":
+                    raise UserError("unit auto is chosen beforehand, with `chatsae steer RUN --feature K --alpha auto`")
+                Steering(self.lm, [spec.at(spec.strength)], quiet=True)  # its direction and layer fit the model
+            except (UserError, OverflowError) as error:
+                text = str(error)
+                raise ApiError(400, text if text.startswith(at) else f"{at}: {text}", param=at) from None
+            found.append(spec)
+        return tuple(found)
+
+    def needs_scale(self, specs: Sequence[SteerSpec]) -> bool:
+        """Whether a strength is relative, and `read_scale` has not been called yet."""
+        return self._few is None and any(spec.unit != "absolute" for spec in specs)
+
+    def read_scale(self) -> None:
+        """Read the dialogues that relative strengths are measured on; may take seconds, uses no model.
+
+        Raises:
+            UserError: they cannot be read.
+        """
+        config, tokenizer = self._features.run.config, copy.deepcopy(self._tokenizer)
+        try:
+            few = split_tokens(config.data, tokenizer, "steer", sources=config.eval.sources, limit=_SCALE_DIALOGUES)
+            self._few = TokenBatch.concat(list(few))
+        except UserError as error:
+            raise UserError(f"relative strengths are measured on the run's dialogues: {error}") from None
+
+    def absolute(self, specs: Sequence[SteerSpec]) -> tuple[SteerSpec, ...]:
+        """The specs in absolute strengths; a scale is measured when it is first needed. Layers are tested likewise.
+
+        Raises:
+            UserError: a strength has no absolute value or is too large, or the model cannot be steered there.
+        """
+        found = tuple(s if s.unit == "absolute" else absolute(s, self._scale(s)) for s in specs)
+        for spec in found:
+            if abs(spec.strength) > _STRONGEST:
+                raise UserError(f"steering: strength {spec.strength:g} is too large; the most is {_STRONGEST:g}")
+        self.prove(found)
+        return found
+
+    def prove(self, specs: Sequence[SteerSpec]) -> None:
+        """Test each layer once: steering it acts, on one row only (`chatsae.steering.proof`).
+
+        Raises:
+            UserError: it does not.
+        """
+        new = {spec.place: spec for spec in specs if spec.place not in self._proven}
+        if new:
+            self_test(self.lm, list(new.values()))
+            self._proven |= set(new)
+
+    def tokens(self, request: FeaturesRequest) -> TokenBatch:
+        """What a features request is about, as tokens.
+
+        Raises:
+            ApiError: it cannot be rendered, is empty, or too long.
+        """
+        text, messages = request.text, request.messages
+        if request.raw and text is not None:
+            try:
+                ids = encode(self._tokenizer, [text], offsets=False)["input_ids"][0]
+            except UnicodeEncodeError:
+                raise ApiError(400, "the text is not valid Unicode", param="text") from None
+            tokens = bare_tokens([torch.tensor(ids, dtype=torch.int64)])
+        else:
+            turns = (Message("user", text),) if text is not None else tuple(Message(**m) for m in messages)
+            try:
+                (tokens,) = render([Dialogue("the text", "", turns)], self._tokenizer)
+            except UserError as error:
+                raise ApiError(400, str(error), param="messages" if text is None else "text") from None
+        n = len(tokens.input_ids)
+        if not 0 < n <= self.context:
+            code = "context_length_exceeded" if n else None
+            raise ApiError(400, f"1 to {self.context} tokens can be read, not {n}", param="text", code=code)
+        return tokens
+
+    def features(self, request: FeaturesRequest, tokens: TokenBatch) -> dict[str, Any]:
+        """The strongest features on each token, by SAE."""
+        chosen = {name: self.saes[name] for name in request.saes or self.saes}
+        found = on_tokens(chosen, self.lm, tokens, self._features.reading, k=request.k)
+        data = [{"sae": name, "layer": chosen[name].spec.layer, "tokens": rows} for name, rows in found.items()]
+        return {"object": "list", "model": self.name, "data": data}
+
+    def check_saes(self, names: Sequence[str]) -> None:
+        """Refuse names of SAEs that the run does not have.
+
+        Raises:
+            ApiError: names the first one.
+        """
+        for name in names:
+            try:
+                self._sae(name, "sae")
+            except UserError as error:
+                raise ApiError(404, str(error), param="sae", code="sae_not_found") from None
+
+    def _sae(self, name: str, at: str) -> SAE:
+        if name not in self.saes:
+            raise UserError(f"{at}: the run has no SAE {name[:100]!r}; it has {', '.join(self.saes)}")
+        return self.saes[name]
+
+    def _scale(self, spec: SteerSpec) -> Scale:
+        sae = spec.sae if isinstance(spec.sae, SAE) and spec.place == spec.sae.spec.layer else None
+        key = spec.place if sae is None else sae.spec.name
+        if key not in self._scales:
+            assert self._few is not None
+            self._scales[key] = measure_scale(self.lm, self._few, spec.place, sae)
+        return self._scales[key]
+
+
+def _live(sae: SAE) -> int:
+    """The first feature that has a direction."""
+    return int(sae.W_dec.detach().abs().sum(1).gt(0).float().argmax())
