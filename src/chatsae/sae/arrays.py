@@ -31,6 +31,7 @@ class Weights:
         self._places = [(p, p.data_ptr()) for p in sae.parameters()]
         self.rows = {name: by_feature(name, p) for name, p in named.items()}
         self.W_enc, self.W_dec = self.rows["W_enc"], self.rows["W_dec"]
+        self.tensors = {name: torch.from_numpy(self.rows[name]) for name in ("W_enc", "W_dec")}
         self.b_enc, self.b_dec = named["b_enc"].numpy(), named["b_dec"].numpy()
         self.dtype = self.b_enc.dtype.type
         self.theta = np.zeros_like(self.b_enc)

@@ -110,7 +110,7 @@ class _Search:
             ):  # exact products for all are the faster way
                 self.screen = None  # nor for the blocks to come, which are likely to be alike
         if self.screen is None:
-            z = product("hidden_pre", torch.from_numpy(rows), torch.from_numpy(self.x).T, dtype)
+            z, _ = product("hidden_pre", torch.from_numpy(rows), torch.from_numpy(self.x).T, dtype)
             share(kernels_pairs.count, k, z.size, z, b_enc, low, flags, counts)
             used = kernels_pairs.make_room(counts, begin, self._used)
         kinds = ("tokens", np.int32), ("acts", dtype), ("band", np.bool_)

@@ -205,7 +205,7 @@ class _Batch:
         gram = p.slots < r and n <= _GRAM
         for (values, vectors, pulls, crosses), stored, out in zip(terms, self.stored, squares, strict=True):
             if gram:
-                products = product("gram", y := torch.from_numpy(vectors), y.T, self.dtype)
+                products, _ = product("gram", y := torch.from_numpy(vectors), y.T, self.dtype)
                 share(kernels.gram_squares, r, p.total, p.r_begin, p.r_tokens, values, products, crosses, out)
             if p.slots > 0 or not gram:
                 by_row = (vectors, p.rows, p.r_begin, p.r_tokens, values, pulls, self.weights.W_dec, p.slot, not gram)

@@ -19,6 +19,7 @@ _AMX = bool(llvmlite.binding.get_host_cpu_features().get("amx-bf16"))
 class _Spaces(threading.local):
     def __init__(self) -> None:
         self.arrays: dict[tuple[str, Any], Array] = {}
+        self.both: dict[tuple[str, Any], tuple[Array, Array, Tensor]] = {}
 
 
 _spaces = _Spaces()
@@ -32,6 +33,15 @@ def space(name: str, shape: int | tuple[int, ...], dtype: Any) -> Array:
         array = np.empty(size + size // 4, dtype)  # room for the next, slightly larger batch
         _spaces.arrays[name, dtype] = array
     return array[:size] if isinstance(shape, int) else array[:size].reshape(shape)
+
+
+def both(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Array, Tensor]:
+    """`space` that mostly has the same shape, and the tensor of its memory."""
+    found, whole = _spaces.both.get((name, dtype)), _spaces.arrays.get((name, dtype))
+    if found is None or found[0] is not whole or found[1].shape != shape:
+        array = space(name, shape, dtype)
+        found = _spaces.both[name, dtype] = _spaces.arrays[name, dtype], array, torch.from_numpy(array)
+    return found[1], found[2]
 
 
 def grown(name: str, size: int, used: int, dtype: Any) -> Array:
@@ -50,21 +60,24 @@ def release(prefix: str) -> None:
     """Give back the arrays whose names begin like this."""
     for key in [key for key in _spaces.arrays if key[0].startswith(prefix)]:
         del _spaces.arrays[key]
+        _spaces.both.pop(key, None)
 
 
-def product(name: str, a: Tensor, b: Tensor, dtype: Any) -> Array:
-    """a @ b, in the work space. On AMD, torch's own float32 product takes twice the time of oneDNN's, which runs there.
+def product(name: str, a: Tensor, b: Tensor, dtype: Any) -> tuple[Array, Tensor]:
+    """a @ b, in the work space, as an array and as a tensor.
 
-    By the kind of CPU and not by a timing: what is computed must not hang on how busy the machine was.
+    On AMD, torch's own float32 product takes twice the time of oneDNN's, which runs there. By the kind of CPU and not
+    by a timing: what is computed must not hang on how busy the machine was.
     """
     if _AMD and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         try:
-            return torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "").numpy()
+            out = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+            return out.numpy(), out
         except (AttributeError, RuntimeError, TypeError):  # it is not a public operator
             pass
-    out = space(name, (a.shape[0], b.shape[1]), dtype)
-    torch.mm(a, b, out=torch.from_numpy(out))
-    return out
+    array, tensor = both(name, (a.shape[0], b.shape[1]), dtype)
+    torch.mm(a, b, out=tensor)
+    return array, tensor
 
 
 def moved(tensor: Tensor) -> Tensor:
