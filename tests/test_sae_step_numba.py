@@ -356,3 +356,14 @@ def test_who_gets_the_fast_step(monkeypatch):
     assert make_state(sae).switch is None
     with pytest.raises(UserError, match=r"numba is not installed: pip install 'chatsae\[fast\]'"):
         make_state(sae, step="fast")
+
+
+@pytest.mark.parametrize(("n", "took"), [(512, "dense"), (513, "sparse")])
+def test_large_batches_go_sparse_at_more_active_features(n, took):
+    state = fresh(step="auto")
+    for k in range(2):
+        with torch.no_grad():  # so that 13 % of the pairs are active
+            state.sae.b_enc.fill_(-torch.quantile(x_at(k, n) @ state.sae.W_enc, 0.87).item())
+        go(state, k, k + 1, n)
+    assert state.switch is not None
+    assert state.switch.dense == (took == "dense")
