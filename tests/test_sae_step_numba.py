@@ -358,8 +358,8 @@ def test_who_gets_the_fast_step(monkeypatch):
         make_state(sae, step="fast")
 
 
-@pytest.mark.parametrize(("n", "took"), [(512, "dense"), (513, "sparse")])
-def test_large_batches_go_sparse_at_more_active_features(n, took):
+@pytest.mark.parametrize(("n", "took"), [(512, "dense"), (513, "sparse"), (2049, "dense")])
+def test_middling_batches_go_sparse_at_more_active_features(n, took):
     state = fresh(step="auto")
     for k in range(2):
         with torch.no_grad():  # so that 13 % of the pairs are active

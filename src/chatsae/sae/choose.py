@@ -17,16 +17,18 @@ StepKind = Literal["auto", "plain", "fast"]
 CROSSOVER = 0.11
 """Share of (token, feature) pairs that are active from which the dense step may be the faster one.
 
-Measured on a CPU with AVX-512 and AMX: 12 % at 256 x 2048 with 128 tokens, 11 % at 896 x 7168, 18 % with 1024 tokens.
+Measured on a CPU with AVX-512 and AMX: 12 % at 256 x 2048 with 128 tokens, 11 % at 896 x 7168, 18 % at 256 x 2048 with
+1,024 tokens, 10 % with 4,096.
 """
-_LARGE, _LARGE_FACTOR = 512, 1.6
-"""Tokens beyond which the sparse step is good for so much more, as what it does per feature is for more of them."""
+_MIDDLE, _MIDDLE_FACTOR = range(513, 2049), 1.6
+"""Tokens with which the sparse step pays that much further: what it does per feature is for more of them, and the
+tokens' vectors still lie in the cache."""
 _HYSTERESIS = 0.8
 
 
 def crossover(n: int) -> float:
     """That of a batch of n tokens."""
-    return CROSSOVER * (_LARGE_FACTOR if n > _LARGE else 1)
+    return CROSSOVER * (_MIDDLE_FACTOR if n in _MIDDLE else 1)
 
 
 @runtime_checkable
