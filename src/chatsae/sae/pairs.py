@@ -105,10 +105,9 @@ class _Search:
         if self.screen is not None:
             self.screen.count(block, rows, b_enc, low, flags, counts)
             used = kernels_pairs.make_room(counts, begin, self._used)
-            if (
-                used - self._used - kernels_pairs.FREE * k > _SCREENED * n * k
-            ):  # exact products for all are the faster way
-                self.screen = None  # nor for the blocks to come, which are likely to be alike
+            flagged = used - self._used - kernels_pairs.FREE * k
+            if flagged > _SCREENED * n * k:  # exact products for all are faster, in the blocks to come too most likely
+                self.screen = None
         if self.screen is None:
             z, _ = product("hidden_pre", torch.from_numpy(rows), torch.from_numpy(self.x).T, dtype)
             share(kernels_pairs.count, k, z.size, z, b_enc, low, flags, counts)

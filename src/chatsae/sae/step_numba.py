@@ -27,7 +27,8 @@ _PARTS = 16  # of the sum for b_dec: fixed, so that threads change no bit
 _GRAM = 512
 """Tokens up to which the norm of a gradient that is not stored comes from the products of tokens with each other."""
 _ROOM, _ROOM_BEYOND = 8, 4
-"""Pairs of a row up to which its gradient is not stored but summed where Adam needs it; beyond _GRAM, once more."""
+"""Pairs of a row up to which its gradient is not stored but summed where Adam needs it, beyond _GRAM for its norm as
+well: no more than `kernels.adam_sparse` and `kernels.row_grads` can sum."""
 
 
 class FastStep:
