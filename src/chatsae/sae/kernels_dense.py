@@ -1,63 +1,53 @@
 """The compiled loops of the dense step, between its matrix products (see `chatsae.sae.kernels` for the letters).
 
-Everything lies by feature or by dimension: hidden_pre and feature_acts are [F, N], inputs and outputs [D, N].
+Everything lies by feature or by dimension: hidden_pre and feature_acts are [F, N], inputs and outputs [D, N], where rows
+may have more than n elements, of which only n count.
 """
 
 from chatsae.sae.kernels import REORDER, jit
 
 
 @jit(False)
-def turn(x, b_dec, subtract, xT, inputs):
-    """x [N, D] and what of it goes to the encoder, both [D, N]."""
-    (n, d), tile = x.shape, 16
-    for t0 in range(0, n, tile):
-        for j in range(d):
-            for t in range(t0, min(t0 + tile, n)):
-                xT[j, t] = x[t, j]
-    for j in range(d):
-        row, to, less = xT[j], inputs[j], b_dec[j] if subtract else x.dtype.type(0)
+def subtract(n, xT, b_dec, really, inputs):
+    """What goes to the encoder [D, n]: x, less b_dec if `really`."""
+    for j in range(xT.shape[0]):
+        row, to, less = xT[j], inputs[j], b_dec[j] if really else xT.dtype.type(0)
         for t in range(n):
             to[t] = row[t] - less
 
 
 @jit(REORDER)
-def relu(first, last, z, b_enc, norms, weighted, l1, fired, penalties, pulls, crosses, more):
-    """z becomes relu(z + b_enc), NaN where it is NaN; fired[f]: the tokens on which it is active.
-
-    The penalty of a feature is l1 (sum of its acts), times the norm of its decoder row w if `weighted`, which then gets
-    pulls[f] w as a gradient more, of squared norm crosses[f]. more[f]: what the penalty adds to d acts.
-    """
+def relu(first, last, n, z, b_enc, fired, acts_sum):
+    """z becomes relu(z + b_enc), NaN where it is NaN. Adds to fired[f] the tokens on which f is active, to acts_sum[f]
+    its activations."""
     for f in range(first, last):
-        row, b, n, zero = z[f], b_enc[f], 0, z.dtype.type(0)
+        row, b, active_on, zero = z[f, :n], b_enc[f], 0, z.dtype.type(0)
         total = zero
         for t in range(row.size):
             value = row[t] + b
             active = not (value <= zero)
             row[t] = value if active else zero
-            n += active
+            active_on += active
         for t in range(row.size):
             total += row[t]
-        pulls[f], crosses[f], more[f] = zero, zero, l1
-        if weighted:
-            more[f] = l1 * norms[f]
-            if norms[f] > 0:
-                pulls[f], crosses[f] = total * l1 / norms[f], total * l1 * total * l1
-        fired[f], penalties[f] = n, total * more[f]
+        fired[f] += active_on
+        acts_sum[f] += total
 
 
 @jit(False)
-def jump(first, last, z, b_enc, low, theta, acts, fired, near):
-    """z becomes z + b_enc, acts what of it exceeds theta; near[f]: the tokens on which it exceeds low."""
+def jump(first, last, n, z, b_enc, low, theta, acts, fired, near):
+    """z becomes z + b_enc, acts what of it exceeds theta; adds to near[f] the tokens on which it exceeds low."""
     for f in range(first, last):
-        row, out, b, n, m, zero = z[f], acts[f], b_enc[f], 0, 0, z.dtype.type(0)
+        row, out, b, active_on, near_on, zero = z[f, :n], acts[f], b_enc[f], 0, 0, z.dtype.type(0)
         for t in range(row.size):
             value = row[t] + b
             active = not (value <= theta[f])
             row[t] = value
             out[t] = value if active else zero
-            n += active
-            m += not (value <= low[f])
-        fired[f], near[f] = n, m
+            active_on += active
+            near_on += not (value <= low[f])
+        fired[f] += active_on
+        near[f] += near_on
 
 
 @jit(REORDER)
@@ -74,26 +64,26 @@ def errors(first, last, xT, b_dec, two_n, out, mse):
 
 
 @jit(REORDER)
-def relu_back(first, last, acts, d_acts, more, pulls, crosses, g_b):
-    """d_acts becomes d loss / d hidden_pre. crosses[f] grows to what the pull adds to the squared norm of the gradient
-    of the decoder row w: that is the sum of acts d_out, whose product with w is the sum of acts d_acts."""
+def relu_back(first, last, n, acts, d_acts, l1, norms, weighted, along, g_b):
+    """d_acts becomes d loss / d hidden_pre, summed into g_b; the penalty of a feature is l1 (sum of its acts), times
+    the norm of its decoder row w if `weighted`. along[f] grows by the sum of acts d_acts (see `finish`)."""
     for f in range(first, last):
-        row, back, add, zero = acts[f], d_acts[f], more[f], acts.dtype.type(0)
-        total = along = zero
+        row, back, add, zero = acts[f, :n], d_acts[f], l1 * norms[f] if weighted else l1, acts.dtype.type(0)
+        total = dot = zero
         for t in range(row.size):
-            along += row[t] * back[t]
+            dot += row[t] * back[t]
             value = back[t] + add if row[t] > zero else zero
             back[t] = value
             total += value
-        g_b[f] = total
-        crosses[f] += (pulls[f] + pulls[f]) * along
+        g_b[f] += total
+        along[f] += dot
 
 
 @jit(REORDER)
-def jump_back(first, last, z, d_acts, theta, bandwidth, half, l0, g_b, g_theta):
-    """d_acts becomes d loss / d hidden_pre; g_theta: through the straight-through estimators."""
+def jump_back(first, last, n, z, d_acts, theta, bandwidth, half, l0, g_b, g_theta):
+    """d_acts becomes d loss / d hidden_pre, summed into g_b; g_theta: through the straight-through estimators."""
     for f in range(first, last):
-        row, back, bound, zero = z[f], d_acts[f], theta[f], z.dtype.type(0)
+        row, back, bound, zero = z[f, :n], d_acts[f], theta[f], z.dtype.type(0)
         total = pull = zero
         for t in range(row.size):
             d, value = back[t], row[t]
@@ -101,17 +91,31 @@ def jump_back(first, last, z, d_acts, theta, bandwidth, half, l0, g_b, g_theta):
             value = d if value > bound else zero
             back[t] = value
             total += value
-        g_b[f], g_theta[f] = total, -pull
+        g_b[f] += total
+        g_theta[f] -= pull
 
 
 @jit(REORDER)
-def squares(first, last, grads, crosses, out):
-    """The squared norms of the gradients of the rows, and crosses."""
+def finish(first, last, acts_sum, along, l1, norms, weighted, g_dec, g_enc, pulls, penalties, squares):
+    """The penalty of each feature, what its decoder row w adds of itself to its gradient (pulls[f] w, where the penalty
+    is `weighted` with the norm of w), and the squared norm of the gradients of both rows.
+
+    The product of pulls[f] w with the gradient of w is that with the sum of acts d_out, which is the sum of acts
+    d_acts: `along`.
+    """
     for f in range(first, last):
-        g, square = grads[f], crosses[f]
-        for j in range(g.size):
-            square += g[j] * g[j]
-        out[f] = square
+        pull, square, penalty = l1 * acts_sum[f], g_dec.dtype.type(0), l1 * acts_sum[f]
+        pulls[f] = square
+        if weighted:
+            penalty *= norms[f]
+            if norms[f] > 0:
+                pulls[f] = pull / norms[f]
+                square = pull * pull + (pulls[f] + pulls[f]) * along[f]
+        penalties[f] = penalty
+        dec, enc = g_dec[f], g_enc[f]
+        for j in range(dec.size):
+            square += dec[j] * dec[j] + enc[j] * enc[j]
+        squares[f] = square
 
 
 @jit(REORDER)
@@ -142,9 +146,11 @@ def through_encoder(W_enc, g_b, grad):
 
 
 @jit(REORDER)
-def row_sums(x, out):
+def row_sums(n, x, out):
+    """Adds to out the sums of the rows."""
     for j in range(x.shape[0]):
+        row = x[j, :n]
         total = x.dtype.type(0)
-        for t in range(x.shape[1]):
-            total += x[j, t]
-        out[j] = total
+        for t in range(row.size):
+            total += row[t]
+        out[j] += total

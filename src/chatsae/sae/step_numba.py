@@ -15,11 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from chatsae.sae import kernels, kernels_sums
+from chatsae.sae import dense, kernels, kernels_sums
 from chatsae.sae.arrays import Vectors, Weights, by_feature, losses_of
 from chatsae.sae.base import SAE, Losses
 from chatsae.sae.crew import share
-from chatsae.sae.dense import DenseBatch
 from chatsae.sae.pairs import Pairs, find
 from chatsae.sae.workspace import Array, moved, product, release, space
 
@@ -99,16 +98,15 @@ class FastStep:
         """
         self._was_dense = True
         weights = self.weights()
-        batch = DenseBatch(weights, x, self.sae.spec.coefficient * sparsity_scale)
-        if math.isfinite(batch.losses.total.item()):
+        found = dense.gradients(weights, x, self.sae.spec.coefficient * sparsity_scale)
+        if math.isfinite(found.losses.total.item()):
             weights.forget_narrowed()
-            g_dec, g_enc, vectors, squared = batch.gradients()
-            numbers = self.numbers(lr, _clip(squared, vectors, clip_grad_norm))
-            args = (*self.arrays("W_dec"), *self.arrays("W_enc"), g_dec, g_enc, batch.pulls)
+            numbers = self.numbers(lr, _clip(found.squared, found.vectors, clip_grad_norm))
+            args = (*self.arrays("W_dec"), *self.arrays("W_enc"), found.W_dec, found.W_enc, found.pulls)
             args = (*args, weights.keeps_norms, weights.norms(), numbers)
-            share(kernels.adam_dense, len(g_dec), 16 * g_dec.size, *args)
-            self.move(vectors, numbers)
-        return batch.losses, batch.density
+            share(kernels.adam_dense, len(found.W_dec), 16 * found.W_dec.size, *args)
+            self.move(found.vectors, numbers)
+        return found.losses, found.density
 
     def count(self, *counts: Tensor) -> None:
         """See `kernels_sums.count`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 
+_HUGE = 2**21
 _AMD = llvmlite.binding.get_host_cpu_name().startswith("znver")
 _AMX = bool(llvmlite.binding.get_host_cpu_features().get("amx-bf16"))
 
@@ -30,17 +31,25 @@ def space(name: str, shape: int | tuple[int, ...], dtype: Any) -> Array:
     size = shape if isinstance(shape, int) else math.prod(shape)
     array = _spaces.arrays.get((name, dtype))
     if array is None or array.size < size:
-        array = np.empty(size + size // 4, dtype)  # room for the next, slightly larger batch
+        array = memory(size + size // 4, dtype)  # room for the next, slightly larger batch
         _spaces.arrays[name, dtype] = array
     return array[:size] if isinstance(shape, int) else array[:size].reshape(shape)
 
 
-def both(name: str, shape: tuple[int, ...], dtype: Any) -> tuple[Array, Tensor]:
-    """`space` that mostly has the same shape, and the tensor of its memory."""
+def both(name: str, shape: tuple[int, int], dtype: Any, padded: bool = False) -> tuple[Array, Tensor]:
+    """`space` that mostly has the same shape, and the tensor of its memory.
+
+    padded: rows of the array are longer than those of the tensor where rows would begin at the same place of every
+    other page: such columns share few sets of the cache, and products take a twentieth longer.
+    """
     found, whole = _spaces.both.get((name, dtype)), _spaces.arrays.get((name, dtype))
-    if found is None or found[0] is not whole or found[1].shape != shape:
-        array = space(name, shape, dtype)
-        found = _spaces.both[name, dtype] = _spaces.arrays[name, dtype], array, torch.from_numpy(array)
+    if found is None or found[0] is not whole or found[2].shape != shape:
+        rows, columns = shape
+        size = np.dtype(dtype).itemsize
+        wide = columns + 64 // size if padded and columns * size % 2048 == 0 else columns
+        array = space(name, (rows, wide), dtype)
+        tensor = torch.from_numpy(array)[:, :columns]
+        found = _spaces.both[name, dtype] = _spaces.arrays[name, dtype], array, tensor
     return found[1], found[2]
 
 
@@ -49,7 +58,7 @@ def grown(name: str, size: int, used: int, dtype: Any) -> Array:
     before = _spaces.arrays.get((name, dtype))
     if before is not None and before.size >= size:
         return before
-    array = np.empty(size + size // 2, dtype)
+    array = memory(size + size // 2, dtype)
     if before is not None:
         array[:used] = before[:used]
     _spaces.arrays[name, dtype] = array
@@ -63,8 +72,10 @@ def release(prefix: str) -> None:
         _spaces.both.pop(key, None)
 
 
-def product(name: str, a: Tensor, b: Tensor, dtype: Any) -> tuple[Array, Tensor]:
-    """a @ b, in the work space, as an array and as a tensor.
+def product(
+    name: str, a: Tensor, b: Tensor, dtype: Any, *, padded: bool = False, add: Tensor | None = None
+) -> tuple[Array, Tensor]:
+    """a @ b, in the work space, as an array and as a tensor (see `both`); `add`: what becomes the sum of it and a @ b.
 
     On AMD, torch's own float32 product takes twice the time of oneDNN's, which runs there. By the kind of CPU and not
     by a timing: what is computed must not hang on how busy the machine was.
@@ -72,18 +83,35 @@ def product(name: str, a: Tensor, b: Tensor, dtype: Any) -> tuple[Array, Tensor]
     if _AMD and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         try:
             out = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
+            out = out if add is None else add.add_(out)
             return out.numpy(), out
         except (AttributeError, RuntimeError, TypeError):  # it is not a public operator
             pass
-    array, tensor = both(name, (a.shape[0], b.shape[1]), dtype)
+    if add is not None:
+        torch.addmm(add, a, b, out=add)
+        return add.numpy(), add
+    array, tensor = both(name, (a.shape[0], b.shape[1]), dtype, padded)
     torch.mm(a, b, out=tensor)
     return array, tensor
 
 
+def memory(size: int, dtype: Any) -> Array:
+    """An uninitialised vector; a large one begins where a huge page does.
+
+    Linux gives huge pages to what numpy allocates from 4 MB on, and none to torch's; going through 25 MB of weights in
+    small pages takes a sixth longer.
+    """
+    n = size * np.dtype(dtype).itemsize
+    if n < _HUGE // 4:
+        return np.empty(size, dtype)
+    raw = np.empty(max(n + _HUGE, 2 * _HUGE), np.uint8)
+    start = -raw.ctypes.data % _HUGE
+    return raw[start : start + n].view(dtype)
+
+
 def moved(tensor: Tensor) -> Tensor:
-    """A copy with rows one after another, in memory from numpy: Linux gives it huge pages, which it does not give
-    torch's, and going through 25 MB of weights in small pages takes a sixth longer."""
-    array = np.empty(tensor.shape, tensor.numpy().dtype)
+    """A copy with rows one after another, in `memory`."""
+    array = memory(tensor.numel(), tensor.numpy().dtype).reshape(tensor.shape)
     np.copyto(array, tensor.numpy())
     return torch.from_numpy(array)
 
