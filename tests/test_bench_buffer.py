@@ -104,7 +104,7 @@ def test_a_negative_size_is_one_line(capsys):
     assert "size: expected d_in of the activations" in capsys.readouterr().err
 
 
-def test_overlapped_trainings_take_turns_with_sequential_ones(monkeypatch, capsys, tmp_path):
+def test_trainings_of_every_way_take_turns(monkeypatch, capsys, tmp_path):
     assert demo_config().model.name == "demo"
     recipe = tmp_path / "small.yaml"
     recipe.write_text(
@@ -120,13 +120,12 @@ def test_overlapped_trainings_take_turns_with_sequential_ones(monkeypatch, capsy
     facts = json.loads(capsys.readouterr().out)
     ways = [(row["way"], row["threads"]) for row in facts["rows"]]
     threads = sorted({before, 1}, reverse=True)
-    assert ways == [(way, n) for n in threads for way in ("sequential", "overlapped")]
+    assert ways == [(way, n) for n in threads for way in ("in turn", "side by side", "ahead")]
     for row in facts["rows"]:
         assert len(row["wall_s"]) == 2
         assert row["tokens_per_s"] == pytest.approx(12 * 64 / (sum(row["wall_s"]) / 2), rel=0.01)
-        assert (
-            (0 if row["way"] == "overlapped" else 1e-3) <= row["waited"] < 1
-        )  # sequential steps wait for every forward
+        least = 0 if row["way"] == "ahead" else 1e-3  # the others wait for every forward
+        assert least <= row["waited"] < 1
     assert facts["rows"][0]["over_first"] == 1
     assert facts["claims"][0]["value"] == 0
     assert torch.get_num_threads() == before
@@ -138,7 +137,7 @@ def test_weights_that_differ_are_counted(monkeypatch):
 
     def other(training, steps):
         real(training, steps)
-        if training.way == "overlapped":
+        if training.way == "ahead":
             with torch.no_grad():
                 next(iter(training.states.values())).sae.b_dec[:3] += 1
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -239,7 +240,8 @@ def test_the_time_of_saes_is_scaled_to_their_number_and_width(most, monkeypatch)
     """A clock that a step moves by d_sae: whatever has memory is timed, the rate is that of the whole grid."""
     clock = Clock()
 
-    def step(state, x, clip_grad_norm):
+    def step(ready, clip_grad_norm):
+        state, _ = ready
         clock.now += 1e-3 * state.sae.spec.d_sae
         return 1e-3 * state.sae.spec.d_sae
 
@@ -256,6 +258,23 @@ def test_the_time_of_saes_is_scaled_to_their_number_and_width(most, monkeypatch)
     assert notes == ([] if most == 2**40 else [wide])
 
 
+def test_saes_that_train_side_by_side_are_timed_so(monkeypatch):
+    """Two threads: steps of a fifth of a second, which sleep."""
+    monkeypatch.setattr(timing, "_step_seconds", lambda ready, clip_grad_norm: time.sleep(0.2) or 0.2)
+    config = RunConfig(sae=SAEConfig(expansion_factors=(2,)), train=TrainConfig(batch_size=50))
+    specs, rates = specs_of(config), {}
+    assert len(specs) == 2
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            rates[threads] = timing.sae_rate(specs, config, 0.5, device=CPU, notes=[])
+        finally:
+            torch.set_num_threads(before)
+    assert rates[1] == pytest.approx(0.4 / 50, rel=0.2)
+    assert rates[2] == pytest.approx(0.2 / 50, rel=0.2)
+
+
 def test_the_saes_that_are_timed_are_as_sparse_as_trained_ones(monkeypatch):
     config = load_recipe(Path(timing.__file__).parents[1] / "demo" / "recipe.yaml")  # wide bandwidth, high threshold
     for changed in (config, RunConfig(), replace(RunConfig(), sae=SAEConfig(form="v6"))):
@@ -264,7 +283,7 @@ def test_the_saes_that_are_timed_are_as_sparse_as_trained_ones(monkeypatch):
             assert x.shape == (changed.train.batch_size, 64)
             assert (state.sae.encode(x) > 0).float().mean().item() == pytest.approx(timing.ACTIVE, rel=0.2)
             before = {name: p.detach().clone() for name, p in state.sae.named_parameters()}
-            timing._step_seconds(state, x, 1.0)
+            timing._step_seconds((state, x), 1.0)
             after = dict(state.sae.named_parameters())
             assert all(torch.allclose(after[name], value) for name, value in before.items())
 

@@ -1,13 +1,17 @@
-"""`chatsae bench overlap`: the demo's training, its model read between steps or ahead in a thread."""
+"""`chatsae bench overlap`: the demo's training, its SAEs in turn or side by side, its model between steps or ahead."""
 
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import as_file, files
 from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from chatsae import console
 from chatsae.bench.result import BenchResult, Claim
@@ -20,8 +24,10 @@ from chatsae.sae.grid import build_grid
 from chatsae.sae.step import StepState, train_step
 from chatsae.training.loop import make_states
 from chatsae.training.pipeline import activations, harvest_facts
+from chatsae.training.side_by_side import Together, in_turn, side_by_side
 
-Way = Literal["sequential", "overlapped"]
+Way = Literal["in turn", "side by side", "ahead"]
+"""Everything in turn; the SAEs side by side, then the model; and the model in a thread ahead of them."""
 _WAYS: tuple[Way, ...] = get_args(Way)
 STEPS = 300
 ROUNDS = 6
@@ -45,6 +51,7 @@ class Training:
     acts: Mixer
     states: dict[str, StepState]
     layers: tuple[int, ...]
+    together: Together
     wall_s: list[float] = field(default_factory=list)
     cpu_s: float = 0.0
     lm_s: float = 0.0
@@ -54,21 +61,23 @@ class Training:
         torch.set_num_threads(self.threads)  # a thread that starts takes it over
         cpu, wall, lm = time.process_time(), time.perf_counter(), self.acts.lm_seconds
         for _ in range(steps):
-            batch = next(self.acts)
-            for state in self.states.values():
-                x = batch[self.layers.index(state.sae.spec.layer)].to(state.sae.W_enc)
-                train_step(state, x, lr=state.sae.spec.lr, sparsity_scale=1.0, clip_grad_norm=1.0)
-        done = _when_quiet() if self.way == "overlapped" else time.perf_counter()
+            self.together(partial(self._step, next(self.acts)), self.states.values())
+        done = _when_quiet() if self.way == "ahead" else time.perf_counter()
         self.wall_s.append(done - wall)
         self.cpu_s += time.process_time() - cpu
         self.lm_s += self.acts.lm_seconds - lm
 
+    def _step(self, batch: Float[Tensor, "L N D"], state: StepState) -> None:
+        x = batch[self.layers.index(state.sae.spec.layer)].to(state.sae.W_enc)
+        train_step(state, x, lr=state.sae.spec.lr, sparsity_scale=1.0, clip_grad_norm=1.0)
+
 
 def bench_overlap(config: RunConfig | None = None, *, steps: int = 0, rounds: int = ROUNDS) -> BenchResult:
-    """Trainings that take turns: sequential and overlapped, with all threads for an operation and with half of them.
+    """Trainings that take turns, each way with all threads for an operation and with half of them.
 
     They start with a full buffer. `steps` of each part (0: 300); by default the demo's recipe is trained. `threads` are
-    those of an operation of torch, in the step and in the model alike: overlapped, twice as many are at work.
+    those of an operation of the model, and of an SAE's step where the SAEs go in turn; side by side, they share them;
+    ahead, the model has as many again.
 
     Raises:
         UserError: the recipe's model or data cannot be read.
@@ -80,24 +89,21 @@ def bench_overlap(config: RunConfig | None = None, *, steps: int = 0, rounds: in
     config = replace(config, train=replace(config.train, tokens=total), data=replace(config.data, epochs=0))
     before = torch.get_num_threads()
     trainings: list[Training] = []
-    try:
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, before)
         for threads in sorted({before, max(before // 2, 1)}, reverse=True):
-            trainings += [_start(config, lm, how, way, threads) for way in _WAYS]
+            trainings += [_start(config, lm, how, way, threads, stack) for way in _WAYS]
         with console.progress("overlap", rounds * len(trainings)) as advance:
             for r in range(rounds):
                 for training in trainings if r % 2 == 0 else reversed(trainings):
                     training.part(steps)
                     advance(1, training.way)
-    finally:
-        torch.set_num_threads(before)
-        for training in trainings:
-            training.acts.close()
     rows = [_row(training, trainings[0], steps * config.train.batch_size) for training in trainings]
     conditions = {"model": config.model.name, "d_in": lm.d_in, "saes": list(trainings[0].states), "steps": steps}
     conditions |= {"rounds": rounds, "cores": os.cpu_count(), "batch_size": config.train.batch_size, "harvest": how}
-    conditions |= {"device": str(lm.device), "threads_change_bits": bool(_differ(trainings[0], trainings[-2]))}
-    differ = sum(_differ(a, b) for a, b in zip(trainings[::2], trainings[1::2], strict=True))
-    claims = [Claim.at_most("weights that differ between overlapped and sequential", differ, 0)]
+    conditions |= {"device": str(lm.device), "threads_change_bits": bool(_differ(trainings[0], trainings[-1]))}
+    differ = sum(_differ(a, b) for a, b in zip(trainings[1::3], trainings[2::3], strict=True))
+    claims = [Claim.at_most("weights that differ between ahead and side by side", differ, 0)]
     return BenchResult("overlap", _COLUMNS, conditions, rows, claims)
 
 
@@ -107,17 +113,23 @@ def demo_config() -> RunConfig:
         return load_recipe(recipe)
 
 
-def _start(config: RunConfig, lm: LanguageModel, how: dict[str, Any], way: Way, threads: int) -> Training:
-    """A training whose buffer is full."""
+def _start(
+    config: RunConfig, lm: LanguageModel, how: dict[str, Any], way: Way, threads: int, stack: ExitStack
+) -> Training:
+    """A training whose buffer is full; the stack ends its threads."""
     torch.set_num_threads(threads)
-    config = replace(config, harvest=replace(config.harvest, overlap="on" if way == "overlapped" else "off"))
+    config = replace(config, harvest=replace(config.harvest, overlap="on" if way == "ahead" else "off"))
     acts = activations(config, lm, how=how)
+    stack.callback(acts.close)
     saes = build_grid(sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in), seed=config.train.seed)
     for sae in saes.values():
         sae.to(lm.device)
+    together = in_turn
+    if way != "in turn":
+        together = stack.enter_context(side_by_side(len(saes), [lm.device]))
     acts.peek(1)
     _when_quiet()
-    return Training(way, threads, acts, make_states(saes, config.train), lm.layers)
+    return Training(way, threads, acts, make_states(saes, config.train), lm.layers, together)
 
 
 def _when_quiet() -> float:

@@ -1,7 +1,7 @@
 """The compiled loops of the dense step, between its matrix products (see `chatsae.sae.kernels` for the letters).
 
-Everything lies by feature or by dimension: hidden_pre and feature_acts are [F, N], inputs and outputs [D, N], where rows
-may have more than n elements, of which only n count.
+Everything lies by feature or by dimension: hidden_pre and feature_acts are [F, N], inputs and outputs [D, N]. Their
+rows may have more than n elements; only n count.
 """
 
 from chatsae.sae.kernels import REORDER, jit

@@ -19,6 +19,7 @@ from chatsae.sae.gsnr import Gsnr, gsnr
 from chatsae.sae.init import set_b_dec_
 from chatsae.sae.step import StepState, make_state, train_step
 from chatsae.training.schedule import lr_at, sparsity_scale_at, steps_of
+from chatsae.training.side_by_side import Together, side_by_side
 from chatsae.training.state import restore, snapshot
 
 _MEDIAN_SAMPLE = 8192  # rows; 4k to 16k place the geometric median well
@@ -125,7 +126,12 @@ def train_states(
     layers = tuple(layers or sorted({state.sae.spec.layer for state in states.values()}))
     first = step = _start(states, acts, layers, checkpoint)
     total, tokens, meter, ending = steps_of(config).total, first * config.batch_size, Meter(), "done"
-    with console.stop_requested("this step") as stop, console.progress("train", total - first) as advance:
+    devices = [state.sae.W_enc.device for state in states.values()]
+    with (
+        side_by_side(len(states), devices) as together,
+        console.stop_requested("this step") as stop,
+        console.progress("train", total - first) as advance,
+    ):
         while step < total and ending == "done":
             batch = _next(acts, meter)
             if batch is None:
@@ -133,7 +139,7 @@ def train_states(
                 break
             logs = (step + 1) % config.log_every == 0 or step + 1 == total
             noise = _gsnr_all(states, batch, layers, step, config, meter) if logs and _gsnr_due(step, config) else {}
-            losses = _step_all(states, batch, layers, step, config, meter)
+            losses = _step_all(states, batch, layers, step, config, meter, together)
             step, tokens = step + 1, tokens + batch.shape[1]
             advance(1)
             if logs:
@@ -165,11 +171,13 @@ def _step_all(
     step: int,
     config: TrainConfig,
     meter: Meter,
+    together: Together,
 ) -> dict[str, Losses]:
     """One step of every SAE, each on the batch of its layer with the rate of its schedule."""
-    start, steps, losses = time.perf_counter(), steps_of(config), {}
+    start, steps = time.perf_counter(), steps_of(config)
     scale = sparsity_scale_at(step, warmup_steps=steps.sparsity_warmup)
-    for name, state in states.items():
+
+    def one(state: StepState) -> Losses:
         spec = state.sae.spec
         x = batch[layers.index(spec.layer)].to(state.sae.W_enc)
         lr = lr_at(
@@ -180,7 +188,9 @@ def _step_all(
             warmup_steps=steps.lr_warmup,
             decay_steps=steps.lr_decay,
         )
-        losses[name] = train_step(state, x, lr=lr, sparsity_scale=scale, clip_grad_norm=config.clip_grad_norm)
+        return train_step(state, x, lr=lr, sparsity_scale=scale, clip_grad_norm=config.clip_grad_norm)
+
+    losses = dict(zip(states, together(one, states.values()), strict=True))
     meter.sae += time.perf_counter() - start
     return losses
 

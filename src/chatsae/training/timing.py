@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import cycle
 from statistics import NormalDist
 
@@ -17,6 +18,7 @@ from chatsae.lm.stand_in import free_bytes
 from chatsae.lm.tap import Decoder
 from chatsae.sae.grid import build_grid
 from chatsae.sae.step import StepState, make_state, train_step
+from chatsae.training.side_by_side import side_by_side
 
 DIALOGUE = 300
 """Median tokens of the dialogues that are timed; their lengths are lognormal, as those of chat corpora are."""
@@ -76,7 +78,7 @@ def _lengths(n: int, longest: int, *, blocks: bool, generator: torch.Generator) 
 def sae_rate(
     specs: Sequence[SAESpec], config: RunConfig, seconds: float, *, device: torch.device, notes: list[str]
 ) -> float:
-    """Seconds per token of one step of every SAE, the SAEs taking turns as in a run.
+    """Seconds per token of one step of every SAE, the SAEs side by side as in a run.
 
     Where there is no memory for all of them, one of each architecture, form and width is timed; and where that is too
     wide, a narrower one, whose time is scaled with d_sae (`notes` say so).
@@ -86,17 +88,21 @@ def sae_rate(
     timed = _timed_specs(specs, batch_size, most)
     narrower = sorted({(wide.d_sae, spec.d_sae) for wide, spec in timed.items() if spec.d_sae < wide.d_sae})
     notes += [f"SAEs of {a:,} features: {b:,} were timed, and the time scaled with the width" for a, b in narrower]
-    ready = {wide: _ready(spec, config, device) for wide, spec in timed.items()}
-    times: dict[SAESpec, list[float]] = {wide: [] for wide in timed}
-    while time.perf_counter() < end or any(len(taken) < 2 for taken in times.values()):
-        for wide, (state, x) in ready.items():
-            if len(times[wide]) < 2 or time.perf_counter() < end:
-                times[wide].append(_step_seconds(state, x, config.train.clip_grad_norm))
+    ready = [_ready(spec, config, device) for spec in timed.values()]
+    step = partial(_step_seconds, clip_grad_norm=config.train.clip_grad_norm)
+    rounds: list[list[float]] = []
+    with side_by_side(len(ready), [device]) as together:
+        together(step, ready)  # allocates
+        start = time.perf_counter()
+        while not rounds or time.perf_counter() < end:
+            rounds.append(together(step, ready))
+        passed = time.perf_counter() - start
+    alone = [sum(taken) / len(rounds) for taken in zip(*rounds, strict=True)]
+    at_once = passed / (len(rounds) * sum(alone))  # seconds that pass per second of a step
     means = {_kind(wide): 0.0 for wide in timed}
-    for wide, taken in times.items():
+    for (wide, spec), mean in zip(timed.items(), alone, strict=True):
         same = sum(_kind(other) == _kind(wide) for other in timed)
-        mean = sum(taken[1:]) / len(taken[1:])  # the first step allocates
-        means[_kind(wide)] += mean * wide.d_sae / timed[wide].d_sae / same
+        means[_kind(wide)] += at_once * mean * wide.d_sae / spec.d_sae / same
     return sum(means[_kind(spec)] for spec in specs) / batch_size
 
 
@@ -133,8 +139,8 @@ def _ready(spec: SAESpec, config: RunConfig, device: torch.device) -> tuple[Step
     return make_state(sae.to(device), **how), x.to(device)
 
 
-def _step_seconds(state: StepState, x: Float[Tensor, "N D"], clip_grad_norm: float) -> float:
-    start = time.perf_counter()
+def _step_seconds(ready: tuple[StepState, Float[Tensor, "N D"]], clip_grad_norm: float) -> float:
+    (state, x), start = ready, time.perf_counter()
     train_step(state, x, lr=0.0, sparsity_scale=1.0, clip_grad_norm=clip_grad_norm)  # lr 0: it stays as active
     if x.device.type == "cuda":
         torch.cuda.synchronize(x.device)
