@@ -47,7 +47,7 @@ def gradients(weights: Weights, x: Float[Tensor, "N D"], coefficient: float) -> 
     batch = _Batch(w, n, coefficient)
     parts = -(-n // _MOST)
     for i in range(parts):
-        batch.add(x[n * i // parts : n * (i + 1) // parts])
+        batch.add(x if parts == 1 else x[n * i // parts : n * (i + 1) // parts])
     return batch.total()
 
 

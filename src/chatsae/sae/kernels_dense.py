@@ -20,16 +20,16 @@ def subtract(n, xT, b_dec, really, inputs):
 def relu(first, last, n, z, b_enc, fired, acts_sum):
     """z becomes relu(z + b_enc), NaN where it is NaN. Adds to fired[f] the tokens on which f is active, to acts_sum[f]
     its activations."""
+    one, zero = z.dtype.type(1), z.dtype.type(0)
     for f in range(first, last):
-        row, b, active_on, zero = z[f, :n], b_enc[f], 0, z.dtype.type(0)
-        total = zero
+        row, b, total, active_on = z[f, :n], b_enc[f], zero, zero  # counted in floats, as wide as the rest
         for t in range(row.size):
             value = row[t] + b
-            active = not (value <= zero)
-            row[t] = value if active else zero
-            active_on += active
-        for t in range(row.size):
-            total += row[t]
+            inactive = value <= zero
+            value = zero if inactive else value
+            active_on += zero if inactive else one
+            row[t] = value
+            total += value
         fired[f] += active_on
         acts_sum[f] += total
 

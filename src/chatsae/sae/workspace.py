@@ -20,6 +20,7 @@ _AMX = bool(llvmlite.binding.get_host_cpu_features().get("amx-bf16"))
 class _Spaces(threading.local):
     def __init__(self) -> None:
         self.arrays: dict[tuple[str, Any], Array] = {}
+        self.views: dict[tuple[str, Any], tuple[int | tuple[int, ...], Array]] = {}
         self.both: dict[tuple[str, Any], tuple[Array, Array, Tensor]] = {}
 
 
@@ -27,13 +28,19 @@ _spaces = _Spaces()
 
 
 def space(name: str, shape: int | tuple[int, ...], dtype: Any) -> Array:
-    """An uninitialised array of the work space."""
+    """An uninitialised array of the work space; the same object for the same shape, as making one takes a while."""
+    key = name, dtype
+    found = _spaces.views.get(key)
+    if found is not None and found[0] == shape:
+        return found[1]
     size = shape if isinstance(shape, int) else math.prod(shape)
-    array = _spaces.arrays.get((name, dtype))
+    array = _spaces.arrays.get(key)
     if array is None or array.size < size:
         array = memory(size + size // 4, dtype)  # room for the next, slightly larger batch
-        _spaces.arrays[name, dtype] = array
-    return array[:size] if isinstance(shape, int) else array[:size].reshape(shape)
+        _spaces.arrays[key] = array
+    view = array[:size] if isinstance(shape, int) else array[:size].reshape(shape)
+    _spaces.views[key] = shape, view
+    return view
 
 
 def both(name: str, shape: tuple[int, int], dtype: Any, padded: bool = False) -> tuple[Array, Tensor]:
@@ -62,6 +69,7 @@ def grown(name: str, size: int, used: int, dtype: Any) -> Array:
     if before is not None:
         array[:used] = before[:used]
     _spaces.arrays[name, dtype] = array
+    _spaces.views.pop((name, dtype), None)
     return array
 
 
@@ -69,6 +77,7 @@ def release(prefix: str) -> None:
     """Give back the arrays whose names begin like this."""
     for key in [key for key in _spaces.arrays if key[0].startswith(prefix)]:
         del _spaces.arrays[key]
+        _spaces.views.pop(key, None)
         _spaces.both.pop(key, None)
 
 
