@@ -40,7 +40,7 @@ def test_all_are_called_at_once_on_an_equal_part_of_the_threads(four_threads):
         thread.start()
         thread.join()
         assert later == [4]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("sae")]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("side-by-side")]
 
 
 def test_more_than_there_are_threads_wait_for_one(four_threads):

@@ -43,7 +43,7 @@ def side_by_side(n: int, devices: Sequence[torch.device]) -> Iterator[Together]:
         torch.set_num_threads(threads // workers)
         everyone.wait()  # so that each of them has a thread
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="sae") as pool:
+    with ThreadPoolExecutor(workers, thread_name_prefix="side-by-side") as pool:
         list(pool.map(begin, range(workers)))
         torch.set_num_threads(threads)  # threads that start from now on take over what was set last
 
