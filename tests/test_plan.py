@@ -154,6 +154,25 @@ def test_a_model_that_cannot_be_placed_here_has_no_time(world, changed, reason):
     assert any(reason in line for line in found.missing)
 
 
+def test_a_plan_knows_that_the_model_reads_ahead(world, monkeypatch):
+    """And times either side on the threads that it will have."""
+    seen = []
+    monkeypatch.setattr(calibrating, "lm_rate", lambda *args, **options: seen.append(torch.get_num_threads()) or 2e-3)
+    monkeypatch.setattr(calibrating, "sae_rate", lambda *args, **options: seen.append(torch.get_num_threads()) or 1e-3)
+    config, before = config_of(world), torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for overlap, threads in (("on", 2), ("off", 4)):
+            config = replace(config, harvest=replace(config.harvest, overlap=overlap))
+            found = calibrate(config, specs_of(config), 0.05).predict(config)
+            assert {threads} == set(seen)
+            assert found.seconds == (max if overlap == "on" else sum)([found.lm_seconds, found.sae_seconds])
+            seen.clear()
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_calibrating_draws_nothing_from_the_global_generator(world):
     config = config_of(world)
     before = torch.get_rng_state()

@@ -19,8 +19,10 @@ from chatsae.batch import Dialogue, Message
 from chatsae.cli import main
 from chatsae.config import DataConfig, RunConfig, sae_specs
 from chatsae.errors import UserError
+from chatsae.lm.facts import planning_config
 from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel, load_model, load_tokenizer
+from chatsae.lm.stand_in import stand_in
 from chatsae.recipe import load_recipe
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid
@@ -510,6 +512,8 @@ def test_reading_ahead_is_for_models_and_saes_of_like_size(world):
     d_in, saes = lm.d_in, len(sae_specs(one_of(8).sae, layers=lm.layers, d_in=lm.d_in))
     step = saes * d_in * 8 * d_in * (4 + 600 / config.train.batch_size)
     assert shares[8] == pytest.approx(4 * weights / (4 * weights + step))
+    first = stand_in(planning_config(config.model.name), 0, name="first", device=lm.device, dtype=torch.float32)
+    assert lm_share(one_of(8), first) == pytest.approx(shares[8])  # one block in place of all, as `plan` times them
     try:
         torch.set_num_threads(4)
         assert {factor for factor in shares if overlaps(one_of(factor), lm)} == {

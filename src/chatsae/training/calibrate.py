@@ -23,6 +23,7 @@ from chatsae.lm.packed import PackingRefused
 from chatsae.lm.placement import Placement, pick_placement, quantization_of
 from chatsae.lm.stand_in import StandIn, stand_in
 from chatsae.lm.tap import FORWARD_ERRORS, Decoder
+from chatsae.training.overlap import overlaps, shared_threads
 from chatsae.training.schedule import steps_of
 from chatsae.training.timing import lm_rate, sae_rate
 
@@ -68,15 +69,17 @@ class Calibration:
     sae: float | None = None
     missing: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    overlap: bool = False
+    """Whether a run spends them at the same time."""
 
-    def predict(self, config: RunConfig, *, done: int = 0, overlap: bool = False) -> Prediction:
+    def predict(self, config: RunConfig, *, done: int = 0) -> Prediction:
         """The time of a pass from step `done` on, if the data are enough for its tokens."""
         steps, batch_size = steps_of(config.train).total, config.train.batch_size
         lm, read = self.lm.get(config.data.method), harvested(config, steps) - harvested(config, done)
         return Prediction(
             lm_seconds=None if lm is None else lm * read,
             sae_seconds=None if self.sae is None else self.sae * (steps - done) * batch_size,
-            overlap=overlap,
+            overlap=self.overlap,
         )
 
 
@@ -103,7 +106,9 @@ def calibrate(
         lm = _model(config)
     left = max(seconds - (time.perf_counter() - start), seconds / 2)
     with _reasons(missing, "the SAEs were not timed"):
-        return _measure(config, specs, left, methods, lm, _placement(config).device, missing)
+        device, overlap = _placement(config).device, lm is not None and overlaps(config, lm)
+        with shared_threads(overlap, device):
+            return replace(_measure(config, specs, left, methods, lm, device, missing), overlap=overlap)
     return Calibration(missing=tuple(missing))
 
 
@@ -127,7 +132,7 @@ def predict_run(
     prediction = None
     for share in (0.1, 0.9):
         found = _measure(config, specs, share * seconds, (config.data.method,), lm, lm.device, [])
-        prediction = found.predict(config, done=done, overlap=overlap)
+        prediction = replace(found, overlap=overlap).predict(config, done=done)
         if prediction.seconds is None:
             console.say(f"no time is predicted: {'; '.join(found.missing)}")
         if prediction.seconds is None or prediction.seconds < WORTH_PREDICTING:

@@ -9,6 +9,8 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from chatsae import console
 from chatsae.config import RunConfig, SAESpec, sae_specs
 from chatsae.data.store.manifest import changes, manifest_digest
@@ -60,7 +62,8 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         reading = {"lm": lm, "way": how["way"], "token_budget": how["token_budget"]}
         step = 0 if checkpoint is None else checkpoint.step
         overlap = overlaps(config, lm)
-        stack.enter_context(shared_threads(overlap, lm.device))
+        if stack.enter_context(shared_threads(overlap, lm.device)):
+            console.say(f"the model reads ahead while the SAEs train; threads for each: {torch.get_num_threads()}")
         predicted, start = predict_run(config, specs, **reading, done=step, overlap=overlap), time.perf_counter()
         states = make_states(saes, config.train)
         summary = train_states(states, acts, config.train, layers=lm.layers, run=run, checkpoint=checkpoint)
