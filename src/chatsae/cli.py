@@ -225,7 +225,7 @@ class Bench:
     harvest: the ways to read activations of random models, beside blocks, naive batches and sae_lens.
     sae-step: a training step at a given L0, beside sae_lens, dictionary_learning, sparsify and plain PyTorch.
     buffer: the mixing buffer, beside one copy of the same bytes and a buffer that is shuffled whole.
-    overlap: the demo's training, the model read between steps or ahead in a thread.
+    overlap: the demo's training, its SAEs in turn or side by side, its model between steps or ahead.
     eval: 1, 4 and 16 SAEs of a layer in one pass, beside whole forwards and sae_lens' run_evals."""
     source: tuple[str, ...] = ("pydocs",)
     """dedup: dialogues to measure on, sources as data.sources of a recipe has them."""

@@ -1,8 +1,7 @@
 """The dense step on a CPU: the gradients of autograd, written out.
 
 Five matrix products into arrays that are kept, the loops between them compiled, and d loss / d b_dec through the
-encoder as (sum of d hidden_pre) @ W_enc.T, where autograd multiplies two matrices. A batch is taken in parts of tokens
-whose activations stay in the cache from one product to the next.
+encoder as (sum of d hidden_pre) @ W_enc.T, where autograd multiplies two matrices.
 """
 
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from chatsae.sae.crew import share
 from chatsae.sae.workspace import Array, both, product, space
 
 _MOST = 1024
-"""Tokens per part."""
+"""Tokens of a batch that are taken at once: more need memory and gain nothing (docs/log.md)."""
 
 
 @dataclass

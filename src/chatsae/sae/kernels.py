@@ -316,17 +316,9 @@ def _move_by_pairs(P, M, V, f, k, end, values, tokens, Y, pull, scale, numbers):
         P[f, j] = P[f, j] * scale - step_size * (a / (math.sqrt(b) * root2 + eps))
 
 
-@jit(False, "always")
-def _apart(numbers):
-    """From an array to a tuple, which stays in registers while arrays are written."""
-    a, b, c, d, e = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
-    return a, b, c, d, e, numbers[5], numbers[6], numbers[7], numbers[8], numbers[9]
-
-
 @jit(REORDER)
 def adam_vector(p, m, v, g, numbers):
     """One step of a parameter [1, F] on its gradient; `numbers` as `chatsae.sae.step_numba` makes them."""
-    numbers = _apart(numbers)
     _move(p, m, v, 0, g, 0, p.dtype.type(0), p.dtype.type(1), numbers)
 
 
@@ -334,7 +326,7 @@ def adam_vector(p, m, v, g, numbers):
 def adam_dense(first, last, P, M, V, Q, R, S, g_dec, g_enc, pulls, keep, norms, numbers):
     """One step of both rows of every feature: decoder P and encoder Q, and their moments. pulls[f] times its row of the
     decoder is a gradient more. norms: those of the rows of the decoder afterwards, if `keep`."""
-    one, zero, numbers = P.dtype.type(1), P.dtype.type(0), _apart(numbers)
+    one, zero = P.dtype.type(1), P.dtype.type(0)
     for f in range(first, last):
         _move(P, M, V, f, g_dec, f, pulls[f], one, numbers)
         _move(Q, R, S, f, g_enc, f, zero, one, numbers)
@@ -353,7 +345,7 @@ def adam_sparse(
     those that are stored. unit: rows of the decoder are scaled to unit norm before the update. norms: as they are, and
     afterwards, if `keep`. narrowed: `narrow` of the rows of the encoder afterwards, if it has any.
     """
-    tiny, one, zero, numbers = numbers[8], P.dtype.type(1), P.dtype.type(0), _apart(numbers)
+    tiny, one, zero = numbers[8], P.dtype.type(1), P.dtype.type(0)
     for f in range(first, last):
         r, moved, turned = row_of[f], True, True
         scale = one / max(norms[f], tiny) if unit else one

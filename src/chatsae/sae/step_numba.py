@@ -39,11 +39,9 @@ class FastStep:
     def __init__(self, sae: SAE, optimizer: torch.optim.Adam) -> None:
         self.sae, self.optimizer = sae, optimizer
         self._moments: dict[str, tuple[Array, Array]] = {}
-        self._steps = np.zeros(0, np.float32)
+        self._steps: list[Array] = []
         self._seen: Any = None
-        dtype = sae.b_enc.detach().numpy().dtype
-        limits = np.finfo(dtype)
-        self._limits, self._numbers = (float(limits.tiny), 4 * float(limits.eps)), np.empty(10, dtype)
+        self._limits = np.finfo(sae.b_enc.detach().numpy().dtype)
         self._was_dense = False
         sae.W_dec.data = moved(sae.W_dec.data)
         self.lay_out_()
@@ -114,7 +112,7 @@ class FastStep:
         """See `kernels_sums.count`."""
         kernels_sums.count(*(tensor.numpy() for tensor in counts))
 
-    def move(self, vectors: Vectors, numbers: Array) -> None:
+    def move(self, vectors: Vectors, numbers: tuple[Any, ...]) -> None:
         """Take the step of the parameters that are vectors."""
         for name, grad in vectors.items():
             kernels.adam_vector(*self.arrays(name), grad[None], numbers)
@@ -123,23 +121,24 @@ class FastStep:
         """A parameter and its moments, as rows."""
         return self._weights.rows[name], *self._moments[name]
 
-    def numbers(self, lr: float, clip: float) -> Array:
-        """Count a step of Adam, and give its numbers in the order in which the loops take them."""
+    def numbers(self, lr: float, clip: float) -> tuple[Any, ...]:
+        """Count a step of Adam, and give its numbers in the order of `kernels.adam_vector`."""
         if self._seen is not self.optimizer.state:  # a state was loaded, or this is the first step
             self._read()
-        self._steps += 1
+        for steps in self._steps:
+            steps += 1
         k = int(self._steps[0])
         (group,) = self.optimizer.param_groups
         group["lr"] = lr
         (beta1, beta2), eps = group["betas"], group["eps"]
         corrected = lr / (1 - beta1**k), (1 - beta2**k) ** -0.5
-        limits = self._limits
-        self._numbers[:] = (clip, beta1, 1 - beta1, beta2, 1 - beta2, *corrected, eps, *limits)
-        return self._numbers
+        limits, dtype = self._limits, self._limits.dtype.type
+        values = (clip, beta1, 1 - beta1, beta2, 1 - beta2, *corrected, eps, limits.tiny, 4 * limits.eps)
+        return tuple(map(dtype, values))
 
     def _read(self) -> None:
         """The state of Adam as arrays that share its memory."""
-        self._moments, steps = {}, []
+        self._moments, self._steps = {}, []
         for name, p in self.sae.named_parameters():
             state = self.optimizer.state[p]
             if not state:  # as torch makes it
@@ -149,10 +148,7 @@ class FastStep:
             for key in ("exp_avg", "exp_avg_sq") if p.dim() == 2 else ():
                 state[key] = moved(state[key].T).T if name == "W_enc" else moved(state[key])
             self._moments[name] = by_feature(name, state["exp_avg"]), by_feature(name, state["exp_avg_sq"])
-            steps.append(state["step"])
-        self._steps = torch.stack(steps).numpy()
-        for (_, p), step in zip(self.sae.named_parameters(), torch.from_numpy(self._steps), strict=True):
-            self.optimizer.state[p]["step"] = step  # in the memory of all of them
+            self._steps.append(state["step"].numpy())
         self._seen = self.optimizer.state
 
 

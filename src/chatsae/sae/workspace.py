@@ -46,8 +46,8 @@ def space(name: str, shape: int | tuple[int, ...], dtype: Any) -> Array:
 def both(name: str, shape: tuple[int, int], dtype: Any, padded: bool = False) -> tuple[Array, Tensor]:
     """`space` that mostly has the same shape, and the tensor of its memory.
 
-    padded: rows of the array are longer than those of the tensor where rows would begin at the same place of every
-    other page: such columns share few sets of the cache, and products take a twentieth longer.
+    padded: where rows would begin at multiples of 2,048 bytes, those of the array are 64 bytes longer than those of the
+    tensor: a column then does not share a few sets of the cache, which costs a product a twentieth of its time.
     """
     found, whole = _spaces.both.get((name, dtype)), _spaces.arrays.get((name, dtype))
     if found is None or found[0] is not whole or found[2].shape != shape:
