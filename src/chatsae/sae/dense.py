@@ -56,9 +56,9 @@ class _Batch:
     def __init__(self, weights: Weights, n: int, coefficient: float) -> None:
         self.weights, self.n, self.coefficient, self.dtype = weights, n, coefficient, weights.dtype
         self.F, self.l1 = len(weights.b_enc), self.dtype(0 if weights.jump else coefficient / n)
-        self.sums = space("dense_sums", (3, self.F), self.dtype)
+        self.sums = space("dense_sums", (4, self.F), self.dtype)
         self.fired = self.near = np.zeros(self.F, self.dtype)
-        self.g_b, self.acts_sum, self.g_theta = self.sums
+        self.g_b, self.along, self.acts_sum, self.g_theta = self.sums
         self.sums[:] = 0
         self.g_b_dec = space("dense_g_b_dec", weights.W_dec.shape[1], self.dtype)
         self.g_b_dec[:] = 0
@@ -75,36 +75,35 @@ class _Batch:
         xT[1].copy_(x.T)
         kernels_dense.subtract(n, xT[0], w.b_dec, w.spec.apply_b_dec_to_input, inputs[0])
         z, z_ = product("dense_z", w.tensors["W_enc"], inputs[1], self.dtype, padded=True)
-        acts, active = (z, z_), space("dense_active", (F, n), np.bool_)
+        acts, acts_ = both("dense_acts", (F, n), self.dtype, padded=True) if w.jump else (z, z_)
         if w.jump:
-            acts = both("dense_acts", (F, n), self.dtype, padded=True)
-            args = (n, z, w.b_enc, w.activation().low, w.theta, acts[0], self.fired, self.near)
+            args = (n, z, w.b_enc, w.activation().low, w.theta, acts, self.fired, self.near)
             share(kernels_dense.jump, F, F * n, *args)
         else:
-            share(kernels_dense.relu, F, F * n, n, z, w.b_enc, active, self.fired, self.acts_sum)
+            share(kernels_dense.relu, F, F * n, n, z, w.b_enc, self.fired, self.acts_sum)
 
-        d_out, d_out_ = product("dense_out", w.tensors["W_dec"].T, acts[1], self.dtype, padded=True)
+        d_out, d_out_ = product("dense_out", w.tensors["W_dec"].T, acts_, self.dtype, padded=True)
         squares = space("dense_mse", n, self.dtype)
         share(kernels_dense.errors, n, n * d, xT[0], w.b_dec, self.dtype(2 / self.n), d_out, squares)
         self.mse += kernels_sums.total(squares)
         kernels_dense.row_sums(n, d_out, self.g_b_dec)
 
-        self.g_dec = product("dense_g_dec", acts[1], d_out_.T, self.dtype, add=self.g_dec[1])
-        over = "dense_acts" if w.jump else "dense_z"  # acts are not needed any more
-        d_pre, d_pre_ = product(over, w.tensors["W_dec"], d_out_, self.dtype, padded=True)
+        d_pre, d_pre_ = product("dense_d", w.tensors["W_dec"], d_out_, self.dtype, padded=True)
         if w.jump:
             l0 = self.dtype(self.coefficient / self.n)
             args = (n, z, d_pre, w.theta, self.dtype(w.spec.bandwidth), self.dtype(0.5), l0, self.g_b, self.g_theta)
             share(kernels_dense.jump_back, F, F * n, *args)
         else:
-            share(kernels_dense.relu_back, F, F * n, n, active, d_pre, self.l1, w.norms(), w.weighted, self.g_b)
+            args = (n, acts, d_pre, self.l1, w.norms(), w.weighted, self.along, self.g_b)
+            share(kernels_dense.relu_back, F, F * n, *args)
+        self.g_dec = product("dense_g_dec", acts_, d_out_.T, self.dtype, add=self.g_dec[1])
         self.g_enc = product("dense_g_enc", d_pre_, inputs[1].T, self.dtype, add=self.g_enc[1])
 
     def total(self) -> Gradients:
         """What all parts gave together."""
         w, n, F, (g_dec, _), (g_enc, _) = self.weights, self.n, self.F, self.g_dec, self.g_enc
         pulls, penalties, squares = space("dense_of_features", (3, F), self.dtype)
-        args = (self.acts_sum, self.l1, w.norms(), w.weighted, w.W_dec, g_dec, g_enc)
+        args = (self.acts_sum, self.along, self.l1, w.norms(), w.weighted, g_dec, g_enc)
         share(kernels_dense.finish, F, 2 * g_dec.size, *args, pulls, penalties, squares)
         if w.spec.apply_b_dec_to_input:
             kernels_dense.through_encoder(w.W_enc, self.g_b, self.g_b_dec)

@@ -17,25 +17,18 @@ def subtract(n, xT, b_dec, really, inputs):
 
 
 @jit(REORDER)
-def relu(first, last, n, z, b_enc, active, fired, acts_sum):
-    """z becomes relu(z + b_enc), NaN where it is NaN; active [F, n]: where it is not 0. Adds to fired[f] the tokens on
-    which f is active, to acts_sum[f] its activations."""
+def relu(first, last, n, z, b_enc, fired, acts_sum):
+    """z becomes relu(z + b_enc), NaN where it is NaN. Adds to fired[f] the tokens on which f is active, to acts_sum[f]
+    its activations."""
     one, zero = z.dtype.type(1), z.dtype.type(0)
     for f in range(first, last):
-        row, out, b, total, active_on = (
-            z[f, :n],
-            active[f],
-            b_enc[f],
-            zero,
-            zero,
-        )  # counted in floats, as wide as the rest
+        row, b, total, active_on = z[f, :n], b_enc[f], zero, zero  # counted in floats, as wide as the rest
         for t in range(row.size):
             value = row[t] + b
-            silent = value <= zero
-            value = zero if silent else value
-            active_on += zero if silent else one
+            inactive = value <= zero
+            value = zero if inactive else value
+            active_on += zero if inactive else one
             row[t] = value
-            out[t] = not silent
             total += value
         fired[f] += active_on
         acts_sum[f] += total
@@ -71,17 +64,19 @@ def errors(first, last, xT, b_dec, two_n, out, mse):
 
 
 @jit(REORDER)
-def relu_back(first, last, n, active, d_acts, l1, norms, weighted, g_b):
+def relu_back(first, last, n, acts, d_acts, l1, norms, weighted, along, g_b):
     """d_acts becomes d loss / d hidden_pre, summed into g_b; the penalty of a feature is l1 (sum of its acts), times
-    the norm of its decoder row if `weighted`."""
+    the norm of its decoder row w if `weighted`. along[f] grows by the sum of acts d_acts (see `finish`)."""
     for f in range(first, last):
-        row, back, add, zero = active[f], d_acts[f, :n], l1 * norms[f] if weighted else l1, d_acts.dtype.type(0)
-        total = zero
-        for t in range(back.size):
-            value = back[t] + add if row[t] else zero
+        row, back, add, zero = acts[f, :n], d_acts[f], l1 * norms[f] if weighted else l1, acts.dtype.type(0)
+        total = dot = zero
+        for t in range(row.size):
+            dot += row[t] * back[t]
+            value = back[t] + add if row[t] > zero else zero
             back[t] = value
             total += value
         g_b[f] += total
+        along[f] += dot
 
 
 @jit(REORDER)
@@ -101,21 +96,23 @@ def jump_back(first, last, n, z, d_acts, theta, bandwidth, half, l0, g_b, g_thet
 
 
 @jit(REORDER)
-def finish(first, last, acts_sum, l1, norms, weighted, W_dec, g_dec, g_enc, pulls, penalties, squares):
+def finish(first, last, acts_sum, along, l1, norms, weighted, g_dec, g_enc, pulls, penalties, squares):
     """The penalty of each feature, what its decoder row w adds of itself to its gradient (pulls[f] w, where the penalty
-    is `weighted` with the norm of w), and the squared norm of the gradients of both rows."""
+    is `weighted` with the norm of w), and the squared norm of the gradients of both rows.
+
+    The product of pulls[f] w with the gradient of w is that with the sum of acts d_out, which is the sum of acts
+    d_acts: `along`.
+    """
     for f in range(first, last):
         pull, square, penalty = l1 * acts_sum[f], g_dec.dtype.type(0), l1 * acts_sum[f]
         pulls[f] = square
-        dec, enc, w = g_dec[f], g_enc[f], W_dec[f]
         if weighted:
             penalty *= norms[f]
             if norms[f] > 0:
                 pulls[f] = pull / norms[f]
-                for j in range(w.size):
-                    square += dec[j] * w[j]
-                square = pull * pull + (pulls[f] + pulls[f]) * square
+                square = pull * pull + (pulls[f] + pulls[f]) * along[f]
         penalties[f] = penalty
+        dec, enc = g_dec[f], g_enc[f]
         for j in range(dec.size):
             square += dec[j] * dec[j] + enc[j] * enc[j]
         squares[f] = square
