@@ -69,9 +69,10 @@ def test_an_error_is_raised_when_all_have_ended(four_threads):
         time.sleep(0.2)
         ended.append(item)
 
-    with pytest.raises(cs.UserError, match="one"), side_by_side(3, [CPU]) as together:
-        together(call, ["one", "", "two"])
-    assert ended == [""]
+    with side_by_side(3, [CPU]) as together:
+        with pytest.raises(cs.UserError, match="one"):
+            together(call, ["one", "", "two"])
+        assert ended == [""]
 
 
 def grid(*layers):
