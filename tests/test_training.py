@@ -512,6 +512,8 @@ def test_reading_ahead_is_for_models_and_saes_of_like_size(world):
     d_in, saes = lm.d_in, len(sae_specs(one_of(8).sae, layers=lm.layers, d_in=lm.d_in))
     step = saes * d_in * 8 * d_in * (4 + 600 / config.train.batch_size)
     assert shares[8] == pytest.approx(4 * weights / (4 * weights + step))
+    plain = replace(one_of(8), train=replace(config.train, step="plain"))
+    assert lm_share(plain, lm) == pytest.approx(4 * weights / (4 * weights + 3 * step))
     first = stand_in(planning_config(config.model.name), 0, name="first", device=lm.device, dtype=torch.float32)
     assert lm_share(one_of(8), first) == pytest.approx(shares[8])  # one block in place of all, as `plan` times them
     try:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 
@@ -30,13 +31,15 @@ def lm_share(config: RunConfig, lm: Decoder) -> float:
 
     In operations that the best matrix product takes as long for: 4 per weight and token in the model's blocks, which
     reach half of that speed; in an SAE with few active features 4 per weight of its encoder and token, and 600 per
-    weight and batch, of which Adam's memory traffic is most (docs/performance.md). `lm` may have fewer blocks than the
-    run's model, as the ones have that are built to be timed.
+    weight and batch, of which Adam's memory traffic is most (docs/performance.md); the plain step takes some three
+    times that, and is what a run without numba has. `lm` may have fewer blocks than the run's model, as the ones have
+    that are built to be timed.
     """
     blocks, depth = list(lm.blocks)[: max(lm.layers) + 1], (max(config.model.layers) + 1) / (max(lm.layers) + 1)
     model = 4 * depth * sum(p.numel() for block in blocks for p in block.parameters())
     specs = sae_specs(config.sae, layers=config.model.layers, d_in=lm.d_in)
-    saes = (4 + 600 / config.train.batch_size) * sum(spec.d_in * spec.d_sae for spec in specs)
+    plain = config.train.step == "plain" or find_spec("numba") is None
+    saes = (3 if plain else 1) * (4 + 600 / config.train.batch_size) * sum(spec.d_in * spec.d_sae for spec in specs)
     return model / (model + saes)
 
 
