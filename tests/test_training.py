@@ -514,6 +514,9 @@ def test_reading_ahead_is_for_models_and_saes_of_like_size(world):
     assert shares[8] == pytest.approx(4 * weights / (4 * weights + step))
     plain = replace(one_of(8), train=replace(config.train, step="plain"))
     assert lm_share(plain, lm) == pytest.approx(4 * weights / (4 * weights + 3 * step))
+    with pytest.MonkeyPatch.context() as patch:  # what a run without numba takes
+        patch.setattr("chatsae.training.overlap.find_spec", lambda name: None)
+        assert lm_share(one_of(8), lm) == lm_share(plain, lm)
     first = stand_in(planning_config(config.model.name), 0, name="first", device=lm.device, dtype=torch.float32)
     assert lm_share(one_of(8), first) == pytest.approx(shares[8])  # one block in place of all, as `plan` times them
     try:

@@ -127,7 +127,7 @@ def measured(matrix: Matrix) -> dict[str, Any]:
         console.say("loading the other libraries, compiling the step")
         small = dict.fromkeys(replace(_SMALL, architecture=case.architecture) for case in cases)
         for case in small if FAST not in absent(device) else ():
-            _compile(case, device)  # before the others come: one of them changes math so that numba knows no abs
+            _compile(case, device)
         for case in small:
             _Turns(case, device, 1).measure(lambda *_: None)
         with console.progress("sae-step", sum(_cost(case) for case in cases)) as advance:
