@@ -14,7 +14,8 @@ from chatsae.sae import kernels_dense, kernels_sums
 from chatsae.sae.arrays import Vectors, Weights, losses_of
 from chatsae.sae.base import Losses
 from chatsae.sae.crew import share
-from chatsae.sae.workspace import Array, both, product, space
+from chatsae.sae.products import product
+from chatsae.sae.workspace import Array, both, space
 
 _MOST = 1024
 """Tokens of a batch that are taken at once: more need memory and gain nothing (docs/log.md)."""

@@ -7,7 +7,8 @@ import torch
 
 from chatsae.sae import kernels, kernels_pairs
 from chatsae.sae.crew import share
-from chatsae.sae.workspace import Array, fast_bfloat16, grown, product, space
+from chatsae.sae.products import fast_bfloat16, product
+from chatsae.sae.workspace import Array, grown, space
 
 _BLOCK, _PAIRS = 2**23, 2**20
 """Weights and pairs per block of features at the most."""

@@ -20,7 +20,8 @@ from chatsae.sae.arrays import Vectors, Weights, by_feature, losses_of
 from chatsae.sae.base import SAE, Losses
 from chatsae.sae.crew import share
 from chatsae.sae.pairs import Pairs, find
-from chatsae.sae.workspace import Array, moved, product, release, space
+from chatsae.sae.products import product
+from chatsae.sae.workspace import Array, moved, release, space
 
 _PARTS = 16  # of the sum for b_dec: fixed, so that threads change no bit
 _GRAM = 512

@@ -1,10 +1,9 @@
-"""Arrays that the steps of all SAEs of one thread share, and matrix products into them."""
+"""Arrays that the steps of all SAEs of one thread share."""
 
 import math
 import threading
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -12,9 +11,7 @@ from torch import Tensor
 
 Array = npt.NDArray[Any]
 
-_HUGE = 2**21
-_AMD = llvmlite.binding.get_host_cpu_name().startswith("znver")
-_AMX = bool(llvmlite.binding.get_host_cpu_features().get("amx-bf16"))
+_HUGE, _LINE = 2**21, 64
 
 
 class _Spaces(threading.local):
@@ -81,29 +78,6 @@ def release(prefix: str) -> None:
         _spaces.both.pop(key, None)
 
 
-def product(
-    name: str, a: Tensor, b: Tensor, dtype: Any, *, padded: bool = False, add: Tensor | None = None
-) -> tuple[Array, Tensor]:
-    """a @ b, in the work space, as an array and as a tensor (see `both`); `add`: what becomes the sum of it and a @ b.
-
-    On AMD, torch's own float32 product takes twice the time of oneDNN's, which runs there. By the kind of CPU and not
-    by a timing: what is computed must not hang on how busy the machine was.
-    """
-    if _AMD and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        try:
-            out = torch.ops.mkldnn._linear_pointwise(a, b.T, None, "none", [], "")
-            out = out if add is None else add.add_(out)
-            return out.numpy(), out
-        except (AttributeError, RuntimeError, TypeError):  # it is not a public operator
-            pass
-    if add is not None:
-        torch.addmm(add, a, b, out=add)
-        return add.numpy(), add
-    array, tensor = both(name, (a.shape[0], b.shape[1]), dtype, padded)
-    torch.mm(a, b, out=tensor)
-    return array, tensor
-
-
 def memory(size: int, dtype: Any) -> Array:
     """An uninitialised vector; a large one begins where a huge page does.
 
@@ -111,10 +85,9 @@ def memory(size: int, dtype: Any) -> Array:
     small pages takes a sixth longer.
     """
     n = size * np.dtype(dtype).itemsize
-    if n < _HUGE // 4:
-        return np.empty(size, dtype)
-    raw = np.empty(max(n + _HUGE, 2 * _HUGE), np.uint8)
-    start = -raw.ctypes.data % _HUGE
+    page, most = (_LINE, n + _LINE) if n < _HUGE // 4 else (_HUGE, max(n + _HUGE, 2 * _HUGE))
+    raw = np.empty(most, np.uint8)
+    start = -raw.ctypes.data % page
     return raw[start : start + n].view(dtype)
 
 
@@ -123,8 +96,3 @@ def moved(tensor: Tensor) -> Tensor:
     array = memory(tensor.numel(), tensor.numpy().dtype).reshape(tensor.shape)
     np.copyto(array, tensor.numpy())
     return torch.from_numpy(array)
-
-
-def fast_bfloat16() -> bool:
-    """Whether the CPU multiplies bfloat16 at several times the speed of float32 (AMX)."""
-    return _AMX and torch.backends.mkldnn.is_available()
