@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,21 +11,28 @@ from hypothesis import strategies as st
 pytest.importorskip("numba", reason="the fast step needs numba: pip install 'chatsae[fast]'")
 
 from chatsae.errors import UserError
-from chatsae.sae import pairs, train_step, workspace
+from chatsae.sae import kernels, pairs, products, train_step, workspace
 from step_samples import CASES, fresh, go, x_at
 
+tiles = pytest.mark.skipif(not products.tiles(), reason="this CPU has no AMX, or Linux does not let us use it")
 
-def screened(patch: pytest.MonkeyPatch) -> None:
-    """Go through bfloat16 whatever the CPU and however little it pays."""
-    patch.setattr(pairs, "fast_bfloat16", lambda: True)
+
+def screened(patch: pytest.MonkeyPatch) -> list[int]:
+    """Go through bfloat16 however little it pays; the sizes of the blocks that did."""
     patch.setattr(pairs, "_SCREENED", 1.0)
+    seen, count = [], pairs._Screen.count
+    patch.setattr(
+        pairs._Screen, "count", lambda screen, block, *rest: seen.append(len(rest[0])) or count(screen, block, *rest)
+    )
+    return seen
 
 
+@tiles
 @settings(deadline=None, max_examples=40)
 @given(
     st.integers(32, 90),
-    st.integers(32, 90),
-    st.integers(32, 150),
+    st.sampled_from([32, 64, 96]),
+    st.sampled_from([32, 64, 96, 160]),
     st.sampled_from([0.0, 1.0, 30.0]),
     st.sampled_from([1e-12, 1.0, 1e12]),
     st.sampled_from([0.0, 0.2, 1.0]),
@@ -39,11 +47,12 @@ def test_the_screen_misses_no_pair_and_keeps_exact_activations(n, d_in, d_sae, c
     b_enc = -product.quantile(0.95, dim=0).float()
     act = pairs.Activation(b_enc.numpy(), torch.full((d_sae,), 0.1 * scale).numpy(), bandwidth * scale)
     with pytest.MonkeyPatch.context() as patch:
-        screened(patch)
-        patch.setattr(pairs, "_LEAST", 50)
-        patch.setattr(pairs, "_BLOCK", 50)
+        blocks = screened(patch)
+        patch.setattr(pairs, "_LEAST", 64)
+        patch.setattr(pairs, "_BLOCK", 64)
         found = pairs.find(x.numpy(), rows.numpy(), act, limit=1.0, room=3)
     assert found is not None
+    assert sum(blocks) == d_sae
     dense = torch.zeros(n, d_sae)
     tokens = torch.arange(n).repeat_interleave(torch.from_numpy(found.start).diff())
     features = torch.from_numpy(found.features[: found.total]).long()
@@ -60,31 +69,76 @@ def test_the_screen_misses_no_pair_and_keeps_exact_activations(n, d_in, d_sae, c
     assert 0.01 < active.double().mean() < 0.07
 
 
+@tiles
+@pytest.mark.parametrize("value", [1 + 2.0**-8 - 2.0**-20, 1 + 2.0**-8])
+def test_the_screen_allows_for_the_worst_that_rounding_can_do(value):
+    """Around the middle between two numbers of bfloat16, every rounding goes the same way, in x and in W."""
+    x = rows = np.full((32, 64), value, np.float32)
+    z = float(x[0].astype(float) @ rows[0])
+    for theta, active in ((z - 1e-3, 32 * 32), (z + 1e-3, 0)):
+        act = pairs.Activation(np.zeros(32, np.float32), np.full(32, theta, np.float32), 0.0)
+        found = pairs.find(x, rows, act, limit=1.0, room=3)
+        assert found is not None
+        assert found.total == active
+
+
+@tiles
+@pytest.mark.parametrize("n", [32, 45, 64])
+def test_the_screen_passes_what_may_be_active_and_little_else(n):
+    """Beside exact products: nothing is missed, and what passes in vain lies within the bound."""
+    rng = np.random.default_rng(n)
+    x, rows = (rng.standard_normal(shape, dtype=np.float32) for shape in ((n, 96), (64, 96)))
+    narrow, norms = np.empty((64, 96), np.uint16), np.empty((2, 64), np.float32)
+    kernels.narrow(0, 64, rows, narrow, norms)
+    rounded = torch.from_numpy(narrow).view(torch.bfloat16).float().numpy()
+    assert np.array_equal(rounded, torch.from_numpy(rows).bfloat16().float().numpy())
+    assert norms[0] == pytest.approx(np.linalg.norm(rows, axis=1), rel=1e-5)
+    assert norms[1] == pytest.approx(np.linalg.norm(rows - rounded, axis=1), rel=1e-5)
+
+    flags, counts, low = np.empty((64, 64), np.uint8), np.empty(64, np.int64), np.full(64, 15.0, np.float32)
+    screen = pairs._Screen(x, 64, (narrow, norms))
+    screen.count(slice(0, 64), rows, np.zeros(64, np.float32), low, flags, counts)
+    z = rows.astype(float) @ x.T.astype(float)
+    bound = 2.0**-7 * np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(x, axis=1)
+    assert flags[:, :n][z > 15].all()
+    assert not flags[:, :n][z < 15 - bound].any()
+    assert not flags[:, n:].any()
+    assert np.array_equal(flags.sum(axis=1), counts)
+    assert 0.02 < (z > 15).mean() < flags[:, :n].mean() < 1.5 * (z > 15).mean()
+
+
+@tiles
 @pytest.mark.parametrize("case", CASES)
 def test_the_screen_changes_nothing_but_the_order_of_sums(case, monkeypatch):
-    made = {"d_in": 40, "dtype": torch.float32, "shift": -1.0 if case[1] == "paper" else -0.1}
-    without = go(fresh(*case, **made), 0, 40, n=48)
-    screened(monkeypatch)
+    made = {"d_in": 64, "dtype": torch.float32, "shift": -1.0 if case[1] == "paper" else -0.1}
+    blocks = screened(monkeypatch)
     with_screen = go(fresh(*case, **made), 0, 40, n=48)
+    assert blocks == 40 * [256]
+    monkeypatch.setattr(pairs, "tiles", lambda: False)
+    without = go(fresh(*case, **made), 0, 40, n=48)
+    assert len(blocks) == 40
     assert 1 < without[0].l0.item() < 80
     for a, b in zip(without, with_screen, strict=True):
         assert b.total.item() == pytest.approx(a.total.item(), rel=1e-4)
 
 
+@tiles
 def test_a_block_with_too_many_pairs_for_the_screen_is_multiplied_in_full(monkeypatch):
-    screened(monkeypatch)
+    blocks = screened(monkeypatch)
     monkeypatch.setattr(pairs, "_SCREENED", 0.08)
-    plain, fast = (fresh(d_in=40, dtype=torch.float32, step=step, shift=0.0) for step in ("plain", "fast"))
+    plain, fast = (fresh(d_in=64, dtype=torch.float32, step=step, shift=0.0) for step in ("plain", "fast"))
     a, b = go(plain, 0, 5, n=48)[-1], go(fast, 0, 5, n=48)[-1]
-    assert b.firings.sum() > 0.3 * 48 * 160
+    assert blocks == 5 * [256]
+    assert b.firings.sum() > 0.3 * 48 * 256
     assert b.total.item() == pytest.approx(a.total.item(), rel=1e-5)
 
 
+@tiles
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["x", "W_enc", "b_enc"])
 def test_the_screen_lets_nothing_pass_that_is_not_a_number(bad, where, monkeypatch):
     screened(monkeypatch)
-    state, x = fresh(d_in=40, dtype=torch.float32, shift=-2.0), x_at(0, 48, 40, torch.float32)
+    state, x = fresh(d_in=64, dtype=torch.float32, shift=-2.0), x_at(0, 48, 64, torch.float32)
     target = x if where == "x" else getattr(state.sae, where).detach()
     target[(0,) * (target.dim() - 1) + (7,)] = bad
     if where == "b_enc" and bad < 0:  # a feature that is switched off

@@ -107,13 +107,12 @@ def test_switching_back_and_forth_changes_nothing(architecture, form, apply_b_de
 @pytest.mark.parametrize("replaced", [False, True])
 def test_weights_that_others_change_between_steps_are_read_again(form, name, replaced, monkeypatch):
     """The step keeps norms of the decoder's rows and a narrow copy of the encoder beside the weights."""
-    monkeypatch.setattr(pairs, "fast_bfloat16", lambda: True)
     monkeypatch.setattr(pairs, "_SCREENED", 1.0)
-    like = {"d_in": 40, "dtype": torch.float32, "shift": -1.0 if form == "paper" else -0.2}
+    like = {"d_in": 64, "dtype": torch.float32, "shift": -1.0 if form == "paper" else -0.2}
     plain, fast = (fresh("standard", form, True, step=step, **like) for step in ("plain", "fast"))
     for k in range(0, 15, 3):
         for state in (plain, fast):
-            weight, noise = getattr(state.sae, name), torch.randn(40, 160, generator=torch.Generator().manual_seed(k))
+            weight, noise = getattr(state.sae, name), torch.randn(64, 256, generator=torch.Generator().manual_seed(k))
             changed = 1.5 * weight.detach() + 0.02 * noise.view(weight.shape)
             if replaced:
                 weight.data = changed
@@ -128,9 +127,8 @@ def test_weights_that_others_change_between_steps_are_read_again(form, name, rep
 
 @pytest.mark.parametrize("form", ["paper", "v6"])
 def test_dense_steps_leave_nothing_stale_to_the_sparse_ones(form, monkeypatch):
-    monkeypatch.setattr(pairs, "fast_bfloat16", lambda: True)
     monkeypatch.setattr(pairs, "_SCREENED", 1.0)
-    like = {"d_in": 40, "dtype": torch.float32, "shift": -1.0 if form == "paper" else -0.2}
+    like = {"d_in": 64, "dtype": torch.float32, "shift": -1.0 if form == "paper" else -0.2}
     plain, both = (fresh("standard", form, True, step=step, **like) for step in ("plain", "auto"))
     for k in range(0, 60, 10):
         monkeypatch.setattr(choose, "CROSSOVER", 2.0 if k % 20 else 0.0)

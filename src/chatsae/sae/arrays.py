@@ -11,7 +11,7 @@ from chatsae.sae.base import SAE, Losses
 from chatsae.sae.crew import share
 from chatsae.sae.jumprelu import JumpReLUSAE
 from chatsae.sae.pairs import Activation, screens
-from chatsae.sae.workspace import Array, space
+from chatsae.sae.workspace import Array, memory, space
 
 _KEPT = 2**23
 """Weights of an encoder up to which its bfloat16 copy is kept from step to step."""
@@ -37,7 +37,7 @@ class Weights:
         self.theta = np.zeros_like(self.b_enc)
         self.keeps_norms = self.unit or self.weighted
         self._norms, self._version = np.empty_like(self.b_enc), -1
-        self._narrowed, self._narrow_version = (_NO_ROWS, self._norms), -1
+        self._narrowed, self._narrow_version = (_NO_ROWS, self._norms[None]), -1
 
     def current(self) -> bool:
         """Whether the parameters lie where they did."""
@@ -64,14 +64,15 @@ class Weights:
             return None
         if self._narrow_version != self._sae.W_enc._version:
             if self._narrowed[0].size == 0:
-                self._narrowed = np.empty(self.W_enc.shape, np.uint16), np.empty_like(self.b_enc)
-            share(kernels.narrow, len(self.b_enc), self.W_enc.size, self.W_enc, self.dtype(1), *self._narrowed)
+                bits = memory(self.W_enc.size, np.uint16).reshape(self.W_enc.shape)
+                self._narrowed = bits, np.empty((2, len(self.b_enc)), self.dtype)
+            share(kernels.narrow, len(self.b_enc), self.W_enc.size, self.W_enc, *self._narrowed)
             self._narrow_version = self._sae.W_enc._version
         return self._narrowed
 
     def to_narrow(self) -> tuple[Array, Array]:
         """What the sparse step is to keep; nothing where `narrowed` would not give it."""
-        return self._narrowed if self._narrow_version >= 0 else (_NO_ROWS, self._norms)
+        return self._narrowed if self._narrow_version >= 0 else (_NO_ROWS, self._norms[None])
 
     def forget_narrowed(self) -> None:
         """W_enc changes, and nobody keeps it."""

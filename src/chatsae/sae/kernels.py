@@ -61,20 +61,23 @@ def row_norms(first, last, W, norms):
 
 
 @jit(REORDER, "always")
-def _narrow(W, f, out):
-    """A row in bfloat16, rounded to nearest, as its bits; returns its norm."""
-    half, bits, square = np.uint32(0x8000), np.uint32(16), W.dtype.type(0)
+def _narrow(W, f, out, norms):
+    """A row in bfloat16, rounded to nearest, as its bits; its norm, and that of what the rounding took."""
+    half, bits, square, lost = np.uint32(0x8000), np.uint32(16), W.dtype.type(0), W.dtype.type(0)
     for j in range(W.shape[1]):
         out[f, j] = np.uint16((np.float32(W[f, j]).view(np.uint32) + half) >> bits)
     for j in range(W.shape[1]):
+        off = W[f, j] - np.uint32(np.uint32(out[f, j]) << bits).view(np.float32)
         square += W[f, j] * W[f, j]
-    return math.sqrt(square)
+        lost += off * off
+    norms[0, f], norms[1, f] = math.sqrt(square), math.sqrt(lost)
 
 
 @jit(REORDER)
-def narrow(first, last, W, factor, out, norms):
+def narrow(first, last, W, out, norms):
+    """The rows of W in bfloat16, and norms [2, F]: those of the rows and those of what they lost."""
     for f in range(first, last):
-        norms[f] = _narrow(W, f, out) * factor
+        _narrow(W, f, out, norms)
 
 
 @jit(REORDER)
@@ -362,4 +365,4 @@ def adam_sparse(
         if keep and moved:
             norms[f] = _norm(P, f)
         if turned and narrowed.size > 0:
-            narrow_norms[f] = _narrow(Q, f, narrowed)
+            _narrow(Q, f, narrowed, narrow_norms)

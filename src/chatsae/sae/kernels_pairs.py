@@ -1,7 +1,7 @@
 """The compiled loops that find the active pairs behind the encoder (see `chatsae.sae.kernels` for the letters).
 
-Every product that is kept is exact. Where the CPU multiplies bfloat16 many times as fast as float32, the pairs that
-cannot be active are left out on their products in bfloat16, whose error is bounded by the norms of both vectors.
+Every product that is kept is exact. On a CPU with AMX the pairs that cannot be active are left out before, by
+`chatsae.sae.kernels_tiles.screen`.
 """
 
 import numpy as np
@@ -10,22 +10,6 @@ from chatsae.sae.kernels import REORDER, jit
 
 FREE = 4
 """Slots behind the pairs of a feature that may be written."""
-
-
-@jit(False)
-def count_screened(first, last, z, norms, slack, b_enc, low, flags, counts):
-    """`count` for products z in the bits of bfloat16, which are off by norms[f] slack[t] at the most."""
-    bits, rounding, least = np.uint32(16), np.float32(2**-21), np.float32(1e-30)  # the rounding of z + b_enc
-    for f in range(first, last):
-        row, out, n, norm = z[f], flags[f], 0, norms[f]
-        most = low[f] - b_enc[f] - (rounding * (abs(low[f]) + abs(b_enc[f])) + least)
-        for t in range(row.size):
-            value = np.uint32(np.uint32(row[t]) << bits).view(np.float32)
-            may = not (value + norm * slack[t] <= most)
-            out[t] = may
-            n += may
-        out[row.size :] = 0
-        counts[f] = n
 
 
 @jit(False)

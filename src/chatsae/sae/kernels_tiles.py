@@ -17,6 +17,7 @@ from collections.abc import Callable
 from inspect import Parameter, Signature
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -276,6 +277,67 @@ def multiply(first, last, parts, a, b, c, shape, add, block, memory):
         else:
             some = b_at + begin * (b_stride if b_by_column else 4), b_stride, b_by_column
             _product(a, some, (c_at + 4 * begin, c_stride), rows, end - begin, inner, add, spare, kc, nc)
+    _release()
+
+
+@jit(False)
+def pack_narrow(rows, packed):
+    """The bits of bfloat16 [32 panels, 32 steps] as the right side of a product: [panel, step, 2] tiles."""
+    stride, to, steps = rows.strides[0], packed.ctypes.data, rows.shape[1] // 32
+    for panel in range(rows.shape[0] // 32):
+        for k in range(steps):
+            at = rows.ctypes.data + 32 * panel * stride + 64 * k
+            _turn(at, stride, to)
+            _turn(at + 16 * stride, stride, to + TILE)
+            to += 2 * TILE
+
+
+@jit(False)
+def _narrow_block(left, left_stride, right, steps, to, stride):
+    """32 x 32 numbers of the product of 32 rows of bfloat16 and a panel of `pack_narrow`."""
+    _zero(0)
+    _zero(1)
+    _zero(2)
+    _zero(3)
+    for k in range(steps):
+        _load(4, left + 64 * k, left_stride)
+        _load(5, left + 64 * k + 16 * left_stride, left_stride)
+        _load(6, right + 2 * TILE * k, 64)
+        _load(7, right + 2 * TILE * k + TILE, 64)
+        _sum()
+    _store(0, to, stride)
+    _store(1, to + 64, stride)
+    _store(2, to + 16 * stride, stride)
+    _store(3, to + 16 * stride + 64, stride)
+
+
+@jit(False)
+def screen(first, last, parts, config, narrow, norms, packed, slack, size, b_enc, low, flags, counts, strips):
+    """flags[f, t]: whether the pair may pass, by a product of bfloat16; counts[f]: how many. NaN may.
+
+    narrow [F, D], norms [2, F]: see `kernels.narrow`; packed: the tokens. The product is off by norms[0, f] slack[t] +
+    norms[1, f] size[t] at the most. Rows of flags may be longer than there are tokens. strips [parts, 32, N or more]:
+    room.
+    """
+    rounding, least = np.float32(2**-21), np.float32(1e-17)  # of z + b_enc; of what is too small for its square
+    n, steps, stride, panels = slack.size, narrow.shape[1] // 32, narrow.strides[0], narrow.shape[0] // 32
+    _configure(config)
+    for part in range(first, last):
+        strip = strips[part]
+        for panel in range(panels * part // parts, panels * (part + 1) // parts):
+            left = narrow.ctypes.data + 32 * panel * stride
+            for tokens in range((n + 31) // 32):
+                right, to = packed.ctypes.data + 2 * TILE * steps * tokens, strip.ctypes.data + 128 * tokens
+                _narrow_block(left, stride, right, steps, to, strip.strides[0])
+            for f in range(32 * panel, 32 * panel + 32):
+                row, out, passed, norm, error = strip[f % 32], flags[f], 0, norms[0, f], norms[1, f]
+                most = low[f] - b_enc[f] - (rounding * (abs(low[f]) + abs(b_enc[f])) + least)
+                for t in range(n):
+                    may = not (row[t] + (norm * slack[t] + error * size[t]) <= most)
+                    out[t] = may
+                    passed += may
+                out[n:] = 0
+                counts[f] = passed
     _release()
 
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from chatsae.sae import kernels, kernels_pairs
+from chatsae.sae import kernels, kernels_pairs, kernels_tiles
 from chatsae.sae.crew import share
-from chatsae.sae.products import fast_bfloat16, product
+from chatsae.sae.products import NARROW_RATE, SIDE, config, product, tiles
 from chatsae.sae.workspace import Array, grown, space
 
 _BLOCK, _PAIRS = 2**23, 2**20
@@ -16,8 +16,6 @@ _LEAST = 256
 """Features per block at the least, so that the products stay efficient."""
 _SCREENED = 0.08
 """Share of the pairs of a block behind the screen up to which exact products for them alone are the faster way."""
-
-_NARROWEST = 32
 
 
 @dataclass
@@ -68,11 +66,12 @@ def find(
 ) -> Pairs | None:
     """The pairs of inputs x [N, D] and an encoder by feature [F, D]; None when they are more than `limit` of all.
 
-    Every activation is a product in the dtype of x; see `chatsae.sae.kernels_pairs` for what the screen may do.
+    Every activation is a product in the dtype of x; the screen only leaves out what cannot be active.
     narrowed: `kernels.narrow` of the rows, where someone has it.
     """
     n, (F, d) = len(x), rows.shape
-    search, size = _Search(x, rows, act), min(max(min(_BLOCK // d, _PAIRS // n), _LEAST), F)
+    search = _Search(x, rows, act)
+    size = min(max(min(_BLOCK // d, _PAIRS // n) // SIDE * SIDE, _LEAST), F)
     if screens(n, rows):
         search.screen = _Screen(x, size, narrowed)
     for f0 in range(0, F, size):
@@ -85,7 +84,8 @@ def find(
 
 def screens(n: int, rows: Array) -> bool:
     """Whether products in bfloat16 leave pairs out before the exact ones are made."""
-    return rows.dtype == np.float32 and min(n, *rows.shape) >= _NARROWEST and fast_bfloat16()
+    F, d = rows.shape
+    return rows.dtype == np.float32 and min(n, F, d) >= SIDE and F % SIDE == d % SIDE == 0 and tiles()
 
 
 class _Search:
@@ -155,30 +155,34 @@ class _Search:
 class _Screen:
     """Leaves out the pairs whose product in bfloat16 lies so low that the exact one cannot be active.
 
-    bfloat16 rounds by 2⁻⁹ at the most: the two vectors and the product, so that the error is below 3 · 2⁻⁹ ‖x‖ ‖w‖;
-    sums in float32 add D · 2⁻²⁴ each.
+    With vectors x', w' in bfloat16, |x w - x' w'| is at most ‖x - x'‖ ‖w‖ + ‖x'‖ ‖w - w'‖. Sums in float32 add D · 2⁻²⁴
+    each.
     """
 
     def __init__(self, x: Array, size: int, narrowed: tuple[Array, Array] | None) -> None:
         n, d = x.shape
-        self._x, self._slack = space("narrow_x", (n, d), np.uint16), space("narrow_slack", n, x.dtype)
+        whole = n + -n % SIDE
+        bits, norms = space("narrow_x", (whole, d), np.uint16), space("narrow_x_norms", (2, n), x.dtype)
+        kernels.narrow(0, n, x, bits, norms)
+        bits[n:] = 0
+        self._packed = space("narrow_packed", (whole, d), np.uint16)
+        kernels_tiles.pack_narrow(bits, self._packed)
+        above = np.float32(1.01)  # the norms are sums in float32
+        self._slack = above * norms[1] + np.float32(d * 2.0**-22) * norms[0]
+        self._size = above * (norms[0] + norms[1])
         self._narrowed = narrowed
-        kernels.narrow(0, n, x, np.float32(1.01 * 3 * 2.0**-9 + d * 2.0**-22), self._x, self._slack)
         if narrowed is None:
-            self._rows = space("narrow_rows", (size, d), np.uint16), space("narrow_norms", size, x.dtype)
+            self._rows = space("narrow_rows", (size, d), np.uint16), space("narrow_norms", (2, size), x.dtype)
+        self._strips = space("narrow_strips", (torch.get_num_threads(), SIDE, whole), x.dtype)
 
     def count(self, block: slice, rows: Array, b_enc: Array, low: Array, flags: Array, counts: Array) -> None:
         """Flag the pairs of a block that may pass."""
-        k = len(rows)
+        k, parts = len(rows), len(self._strips)
         if self._narrowed is not None:
-            narrow, norms = (array[block] for array in self._narrowed)
+            bits, norms = self._narrowed[0][block], self._narrowed[1][:, block]
         else:
-            narrow, norms = (array[:k] for array in self._rows)
-            share(kernels.narrow, k, rows.size, rows, np.float32(1), narrow, norms)
-        z = space("narrow_z", (k, len(self._x)), np.uint16)
-        torch.mm(_bfloat16(narrow), _bfloat16(self._x).T, out=_bfloat16(z))
-        share(kernels_pairs.count_screened, k, z.size, z, norms, self._slack, b_enc, low, flags, counts)
-
-
-def _bfloat16(bits: Array) -> torch.Tensor:
-    return torch.from_numpy(bits).view(torch.bfloat16)
+            bits, norms = self._rows[0][:k], self._rows[1][:, :k]
+            share(kernels.narrow, k, rows.size, rows, bits, norms)
+        bounds = self._packed, self._slack, self._size, b_enc, low
+        work = rows.size * len(self._slack) // NARROW_RATE
+        share(kernels_tiles.screen, parts, work, parts, config(), bits, norms, *bounds, flags, counts, self._strips)
