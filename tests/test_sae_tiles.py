@@ -85,16 +85,22 @@ def test_what_is_not_finite_spoils_its_row_and_column_alone(bad):
 
 
 @tiles
-def test_what_tiles_do_not_fit_goes_to_torch():
-    a, b = torch.zeros(256, 512), torch.zeros(512, 256)
-    assert products.fits_tiles(a, b)
-    assert products.fits_tiles(a, b.T.contiguous().T)
-    assert not products.fits_tiles(a.double(), b.double())
-    assert not products.fits_tiles(a[:, :496], b[:496])
-    assert not products.fits_tiles(a[:250], b)
-    assert not products.fits_tiles(a, b[:, :240])
-    assert not products.fits_tiles(a[:, ::2], b[:256])
-    assert not products.fits_tiles(a[:64, :64], b[:64, :64])  # packing would take longer than the product
+def test_what_tiles_do_not_fit_goes_to_torch(monkeypatch):
+    assert products.fits_tiles(torch.float32, 256, 512, 256)
+    assert not products.fits_tiles(torch.float64, 256, 512, 256)
+    assert not any(products.fits_tiles(torch.float32, *sides) for sides in ((250, 512, 256), (256, 500, 256)))
+    assert not products.fits_tiles(torch.float32, 64, 64, 64)  # packing would take longer than the product
+    a, b = torch.randn(256, 1024)[:, ::2], torch.randn(512, 256)
+    monkeypatch.delattr(products, "on_tiles")
+    _, out = products.product("test_tiles", a, b, np.float32)
+    assert out.equal(a @ b)
+    workspace.release("test_tiles")
+
+
+def test_the_sparse_step_pays_further_where_products_are_slow():
+    for n, d_in in ((128, 256), (1024, 256), (4096, 896)):
+        assert choose.crossover(n, d_in, tiles=True) < choose.crossover(n, d_in, tiles=False) < 0.2
+    assert choose.crossover(1024, 256, tiles=True) > choose.crossover(1024, 896, tiles=True)
 
 
 @tiles

@@ -17,18 +17,22 @@ StepKind = Literal["auto", "plain", "fast"]
 CROSSOVER = 0.11
 """Share of (token, feature) pairs that are active from which the dense step may be the faster one.
 
-Measured on a CPU with AVX-512 and AMX: 12 % at 256 x 2048 with 128 tokens, 11 % at 896 x 7168, 18 % at 256 x 2048 with
-1,024 tokens, 10 % with 4,096.
+Measured on a CPU with AVX-512 and AMX, whose tiles the dense step used or did not: 9 and 12 % at 256 x 2048 with 128
+tokens, 12 and 18 % with 1,024, 7 and 10 % with 4,096; 7.5 and 11 % at 896 x 7168 with 128 tokens, 7 % with 1,024 and
+tiles.
 """
-_MIDDLE, _MIDDLE_FACTOR = range(513, 2049), 1.6
-"""Tokens with which the sparse step pays that much further: what it does per feature is for more of them, and the
-tokens' vectors still lie in the cache."""
+_ON_TILES = 0.7
+"""The share of it that is left where the products of the dense step run on tiles."""
+_MANY, _CACHED, _MANY_FACTOR = 512, 2**19, 1.5
+"""More tokens than this, up to so many numbers in their vectors, with which the sparse step pays that much further:
+what it does per feature is for more of them, and their vectors still lie in the cache."""
 _HYSTERESIS = 0.8
 
 
-def crossover(n: int) -> float:
-    """That of a batch of n tokens."""
-    return CROSSOVER * (_MIDDLE_FACTOR if n in _MIDDLE else 1)
+def crossover(n: int, d_in: int, *, tiles: bool) -> float:
+    """That of a batch of n tokens; tiles: whether the products of its dense step run on tiles."""
+    many = n > _MANY and n * d_in <= _CACHED
+    return CROSSOVER * (_ON_TILES if tiles else 1) * (_MANY_FACTOR if many else 1)
 
 
 @runtime_checkable
@@ -42,6 +46,8 @@ class _Fast(Protocol):
     ) -> tuple[Losses, float]: ...
 
     def count(self, *counts: Tensor) -> None: ...
+
+    def tiles(self, n: int) -> bool: ...
 
 
 @runtime_checkable
@@ -79,13 +85,14 @@ class Switch:
     ) -> Losses:
         """One step: the sparse one, or the dense one, which measures the density for the next."""
         numbers = {"lr": lr, "sparsity_scale": sparsity_scale, "clip_grad_norm": clip_grad_norm}
+        limit = crossover(*x.shape, tiles=self.fast.tiles(len(x)))
         if self.always or not self.dense:
-            losses = self.fast(x, limit=1.0 if self.always else crossover(len(x)), **numbers)
+            losses = self.fast(x, limit=1.0 if self.always else limit, **numbers)
             self.dense = losses is None
             if losses is not None:
                 return losses
         losses, density = self.fast.dense(x, **numbers)
-        self.dense = density > crossover(len(x)) * _HYSTERESIS
+        self.dense = density > limit * _HYSTERESIS
         return losses
 
     def count(self, firings: Tensor, firing_counts: Tensor, steps_since_fired: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 import platform
 from typing import Any
 
@@ -48,7 +49,7 @@ def product(
         except (AttributeError, RuntimeError, TypeError):  # it is not a public operator
             pass
     array, out = both(name, (a.shape[0], b.shape[1]), dtype, padded) if add is None else (add.numpy(), add)
-    if fits_tiles(a, b):
+    if fits_tiles(a.dtype, *a.shape, b.shape[1]) and 1 in a.stride() and 1 in b.stride():
         on_tiles(a, b, out, add=add is not None)
     elif add is None:
         torch.mm(a, b, out=out)
@@ -66,16 +67,14 @@ def tiles() -> bool:
     return ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
 
 
-def fits_tiles(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"]) -> bool:
-    """Whether `on_tiles` takes a product: of float32, all sides multiples of 32, and large enough to gain."""
-    (m, k), n = a.shape, b.shape[1]
-    if a.dtype != torch.float32 or m % SIDE or n % SIDE or k % SIDE or m * n * k < _LEAST:
-        return False
-    return 1 in a.stride() and 1 in b.stride() and tiles()
+def fits_tiles(dtype: torch.dtype, *sides: int) -> bool:
+    """Whether a product of matrices with these three sides can run on tiles, and gains by it."""
+    return dtype == torch.float32 and not any(side % SIDE for side in sides) and math.prod(sides) >= _LEAST and tiles()
 
 
 def on_tiles(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"], out: Float[Tensor, "M N"], *, add: bool = False) -> None:
-    """out = a @ b, or that added to it, of what `fits_tiles`; the numbers of a row of out are neighbours.
+    """out = a @ b, or that added to it, of what `fits_tiles`. Numbers of a row of out are neighbours, and those
+    of a row or a column of a and b.
 
     As exact as float32: see `chatsae.sae.kernels_tiles`. The number of threads changes no bit.
     """
