@@ -11,19 +11,17 @@ from hypothesis import strategies as st
 pytest.importorskip("numba", reason="the fast step needs numba: pip install 'chatsae[fast]'")
 
 from chatsae.errors import UserError
-from chatsae.sae import kernels, pairs, products, train_step, workspace
+from chatsae.sae import kernels_pairs, pairs, products, train_step, workspace
 from step_samples import CASES, fresh, go, x_at
 
 tiles = pytest.mark.skipif(not products.tiles(), reason="this CPU has no AMX, or Linux does not let us use it")
 
 
-def screened(patch: pytest.MonkeyPatch) -> list[int]:
-    """Go through bfloat16 however little it pays; the sizes of the blocks that did."""
+def screened(patch: pytest.MonkeyPatch) -> list[bool]:
+    """Go through bfloat16 however little it pays; whether each search did."""
     patch.setattr(pairs, "_SCREENED", 1.0)
-    seen, count = [], pairs._Screen.count
-    patch.setattr(
-        pairs._Screen, "count", lambda screen, block, *rest: seen.append(len(rest[0])) or count(screen, block, *rest)
-    )
+    seen, screen = [], pairs._Search.screened
+    patch.setattr(pairs._Search, "screened", lambda search: seen.append(screen(search)) or seen[-1])
     return seen
 
 
@@ -36,10 +34,11 @@ def screened(patch: pytest.MonkeyPatch) -> list[int]:
     st.sampled_from([0.0, 1.0, 30.0]),
     st.sampled_from([1e-12, 1.0, 1e12]),
     st.sampled_from([0.0, 0.2, 1.0]),
+    st.sampled_from([1, 2, 3]),
     st.integers(0, 10**6),
 )
-def test_the_screen_misses_no_pair_and_keeps_exact_activations(n, d_in, d_sae, common, scale, bandwidth, seed):
-    """Also where all inputs share a large part, as massive activations have it."""
+def test_the_screen_misses_no_pair_and_keeps_exact_activations(n, d_in, d_sae, common, scale, bandwidth, threads, seed):
+    """Also where all inputs share a large part, as massive activations have it, and where there was too little room."""
     generator = torch.Generator().manual_seed(seed)
     x = (torch.randn(n, d_in, generator=generator) + common) * scale
     rows = torch.randn(d_sae, d_in, generator=generator)
@@ -47,12 +46,16 @@ def test_the_screen_misses_no_pair_and_keeps_exact_activations(n, d_in, d_sae, c
     b_enc = -product.quantile(0.95, dim=0).float()
     act = pairs.Activation(b_enc.numpy(), torch.full((d_sae,), 0.1 * scale).numpy(), bandwidth * scale)
     with pytest.MonkeyPatch.context() as patch:
-        blocks = screened(patch)
-        patch.setattr(pairs, "_LEAST", 64)
-        patch.setattr(pairs, "_BLOCK", 64)
+        searches, before = screened(patch), torch.get_num_threads()
+        patch.setattr(pairs, "_CACHED", 64)
+        patch.setattr(pairs, "_FIRST_ROOM", 0.001)
+        patch.setattr(pairs, "NARROW_RATE", 1)
+        patch.setattr(workspace, "_spaces", workspace._Spaces())
+        torch.set_num_threads(threads)
         found = pairs.find(x.numpy(), rows.numpy(), act, limit=1.0, room=3)
+        torch.set_num_threads(before)
     assert found is not None
-    assert sum(blocks) == d_sae
+    assert searches == [True]
     dense = torch.zeros(n, d_sae)
     tokens = torch.arange(n).repeat_interleave(torch.from_numpy(found.start).diff())
     features = torch.from_numpy(found.features[: found.total]).long()
@@ -84,53 +87,58 @@ def test_the_screen_allows_for_the_worst_that_rounding_can_do(value):
 
 @tiles
 @pytest.mark.parametrize("n", [32, 45, 64])
-def test_the_screen_passes_what_may_be_active_and_little_else(n):
+def test_the_screen_passes_what_may_be_active_and_little_else(n, monkeypatch):
     """Beside exact products: nothing is missed, and what passes in vain lies within the bound."""
     rng = np.random.default_rng(n)
     x, rows = (rng.standard_normal(shape, dtype=np.float32) for shape in ((n, 96), (64, 96)))
     narrow, norms = np.empty((64, 96), np.uint16), np.empty((2, 64), np.float32)
-    kernels.narrow(0, 64, rows, narrow, norms)
+    kernels_pairs.narrow(0, 64, rows, narrow, norms)
     rounded = torch.from_numpy(narrow).view(torch.bfloat16).float().numpy()
     assert np.array_equal(rounded, torch.from_numpy(rows).bfloat16().float().numpy())
     assert norms[0] == pytest.approx(np.linalg.norm(rows, axis=1), rel=1e-5)
     assert norms[1] == pytest.approx(np.linalg.norm(rows - rounded, axis=1), rel=1e-5)
 
-    flags, counts, low = np.empty((64, 64), np.uint8), np.empty(64, np.int64), np.full(64, 15.0, np.float32)
-    screen = pairs._Screen(x, 64, (narrow, norms))
-    screen.count(slice(0, 64), rows, np.zeros(64, np.float32), low, flags, counts)
-    z = rows.astype(float) @ x.T.astype(float)
-    bound = 2.0**-7 * np.linalg.norm(rows, axis=1)[:, None] * np.linalg.norm(x, axis=1)
-    assert flags[:, :n][z > 15].all()
-    assert not flags[:, :n][z < 15 - bound].any()
-    assert not flags[:, n:].any()
-    assert np.array_equal(flags.sum(axis=1), counts)
-    assert 0.02 < (z > 15).mean() < flags[:, :n].mean() < 1.5 * (z > 15).mean()
+    monkeypatch.setattr(pairs, "_CACHED", 64 * 96)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    search = pairs._Search(x, rows, pairs.Activation(np.zeros(64, np.float32), np.full(64, 15.0, np.float32), 0.0))
+    assert search.screened()
+    z, (flags,) = (
+        x.astype(float) @ rows.T.astype(float),
+        workspace.space("narrow_flags", (1, 64, n + -n % 32), np.uint8),
+    )
+    flags = flags.T
+    bound = 2.0**-7 * np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(rows, axis=1)
+    assert flags[:n][z > 15].all()
+    assert not flags[:n][z < 15 - bound].any()
+    assert not flags[n:].any()
+    assert search.total == (z > 15).sum()
+    assert 0.02 < (z > 15).mean() < flags[:n].mean() < 1.5 * (z > 15).mean()
+
+
+@tiles
+def test_a_batch_with_too_many_pairs_for_the_screen_is_multiplied_in_full(monkeypatch):
+    searches = screened(monkeypatch)
+    monkeypatch.setattr(pairs, "_SCREENED", 0.08)
+    plain, fast = (fresh(d_in=64, dtype=torch.float32, step=step, shift=0.0) for step in ("plain", "fast"))
+    a, b = go(plain, 0, 5, n=48)[-1], go(fast, 0, 5, n=48)[-1]
+    assert searches == 5 * [False]
+    assert b.firings.sum() > 0.3 * 48 * 256
+    assert b.total.item() == pytest.approx(a.total.item(), rel=1e-5)
 
 
 @tiles
 @pytest.mark.parametrize("case", CASES)
 def test_the_screen_changes_nothing_but_the_order_of_sums(case, monkeypatch):
     made = {"d_in": 64, "dtype": torch.float32, "shift": -1.0 if case[1] == "paper" else -0.1}
-    blocks = screened(monkeypatch)
+    searches = screened(monkeypatch)
     with_screen = go(fresh(*case, **made), 0, 40, n=48)
-    assert blocks == 40 * [256]
+    assert searches == 40 * [True]
     monkeypatch.setattr(pairs, "tiles", lambda: False)
     without = go(fresh(*case, **made), 0, 40, n=48)
-    assert len(blocks) == 40
+    assert len(searches) == 40
     assert 1 < without[0].l0.item() < 80
     for a, b in zip(without, with_screen, strict=True):
         assert b.total.item() == pytest.approx(a.total.item(), rel=1e-4)
-
-
-@tiles
-def test_a_block_with_too_many_pairs_for_the_screen_is_multiplied_in_full(monkeypatch):
-    blocks = screened(monkeypatch)
-    monkeypatch.setattr(pairs, "_SCREENED", 0.08)
-    plain, fast = (fresh(d_in=64, dtype=torch.float32, step=step, shift=0.0) for step in ("plain", "fast"))
-    a, b = go(plain, 0, 5, n=48)[-1], go(fast, 0, 5, n=48)[-1]
-    assert blocks == 5 * [256]
-    assert b.firings.sum() > 0.3 * 48 * 256
-    assert b.total.item() == pytest.approx(a.total.item(), rel=1e-5)
 
 
 @tiles

@@ -10,12 +10,9 @@ from chatsae.sae import kernels, kernels_sums
 from chatsae.sae.base import SAE, Losses
 from chatsae.sae.crew import share
 from chatsae.sae.jumprelu import JumpReLUSAE
-from chatsae.sae.pairs import Activation, screens
-from chatsae.sae.workspace import Array, memory, space
+from chatsae.sae.pairs import Activation
+from chatsae.sae.workspace import Array, space
 
-_KEPT = 2**23
-"""Weights of an encoder up to which its bfloat16 copy is kept from step to step."""
-_NO_ROWS = np.empty((0, 0), np.uint16)
 Vectors = dict[str, Array]
 """The gradients of the parameters that are vectors, by name."""
 
@@ -37,7 +34,6 @@ class Weights:
         self.theta = np.zeros_like(self.b_enc)
         self.keeps_norms = self.unit or self.weighted
         self._norms, self._version = np.empty_like(self.b_enc), -1
-        self._narrowed, self._narrow_version = (_NO_ROWS, self._norms[None]), -1
 
     def current(self) -> bool:
         """Whether the parameters lie where they did."""
@@ -56,27 +52,6 @@ class Weights:
             share(kernels.row_norms, len(self._norms), self.W_dec.size, self.W_dec, self._norms)
             self._version = self._sae.W_dec._version
         return self._norms
-
-    def narrowed(self, n: int) -> tuple[Array, Array] | None:
-        """`kernels.narrow` of W_enc where n tokens are screened with it; kept of small ones, by the sparse step."""
-        if self.W_enc.size > _KEPT or not screens(n, self.W_enc):
-            self.forget_narrowed()
-            return None
-        if self._narrow_version != self._sae.W_enc._version:
-            if self._narrowed[0].size == 0:
-                bits = memory(self.W_enc.size, np.uint16).reshape(self.W_enc.shape)
-                self._narrowed = bits, np.empty((2, len(self.b_enc)), self.dtype)
-            share(kernels.narrow, len(self.b_enc), self.W_enc.size, self.W_enc, *self._narrowed)
-            self._narrow_version = self._sae.W_enc._version
-        return self._narrowed
-
-    def to_narrow(self) -> tuple[Array, Array]:
-        """What the sparse step is to keep; nothing where `narrowed` would not give it."""
-        return self._narrowed if self._narrow_version >= 0 else (_NO_ROWS, self._norms[None])
-
-    def forget_narrowed(self) -> None:
-        """W_enc changes, and nobody keeps it."""
-        self._narrow_version = -1
 
     def inputs(self, x: Float[Tensor, "N D"]) -> tuple[Array, Array]:
         """A batch, and what of it goes to the encoder."""

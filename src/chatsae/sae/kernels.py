@@ -60,26 +60,6 @@ def row_norms(first, last, W, norms):
         norms[f] = _norm(W, f)
 
 
-@jit(REORDER, "always")
-def _narrow(W, f, out, norms):
-    """A row in bfloat16, rounded to nearest, as its bits; its norm, and that of what the rounding took."""
-    half, bits, square, lost = np.uint32(0x8000), np.uint32(16), W.dtype.type(0), W.dtype.type(0)
-    for j in range(W.shape[1]):
-        out[f, j] = np.uint16((np.float32(W[f, j]).view(np.uint32) + half) >> bits)
-    for j in range(W.shape[1]):
-        off = W[f, j] - np.uint32(np.uint32(out[f, j]) << bits).view(np.float32)
-        square += W[f, j] * W[f, j]
-        lost += off * off
-    norms[0, f], norms[1, f] = math.sqrt(square), math.sqrt(lost)
-
-
-@jit(REORDER)
-def narrow(first, last, W, out, norms):
-    """The rows of W in bfloat16, and norms [2, F]: those of the rows and those of what they lost."""
-    for f in range(first, last):
-        _narrow(W, f, out, norms)
-
-
 @jit(REORDER)
 def decode(first, last, x, start, features, acts, W, unit, norms, b_dec, two_n, d_out, d_acts, mse):
     """d_out = d mse / d sae_out [N, D], d_acts = d mse / d acts [P], and the squared error of each token.
@@ -340,21 +320,21 @@ def adam_dense(first, last, P, M, V, Q, R, S, g_dec, g_enc, pulls, keep, norms, 
 @jit(REORDER)
 def adam_sparse(
     first, last, row_of, r_begin, r_tokens, slot, P, M, V, acts, d_out, pulls, g_dec, Q, R, S, d_pre, inputs, g_enc,
-    unit, keep, norms, narrowed, narrow_norms, numbers,
+    unit, keep, norms, numbers,
 ):  # fmt: skip
     """One step of both rows of every feature; gradients without a slot, of up to eight pairs, are summed here.
 
     Decoder P, encoder Q: each with its moments, what its gradients are sums of (values of pairs, vectors of tokens) and
     those that are stored. unit: rows of the decoder are scaled to unit norm before the update. norms: as they are, and
-    afterwards, if `keep`. narrowed: `narrow` of the rows of the encoder afterwards, if it has any.
+    afterwards, if `keep`.
     """
     tiny, one, zero = numbers[8], P.dtype.type(1), P.dtype.type(0)
     for f in range(first, last):
-        r, moved, turned = row_of[f], True, True
+        r, moved = row_of[f], True
         scale = one / max(norms[f], tiny) if unit else one
         if r < 0:
             moved = _coast(P, M, V, f, scale, numbers)
-            turned = _coast(Q, R, S, f, one, numbers)
+            _coast(Q, R, S, f, one, numbers)
         elif slot[r] >= 0:
             _move(P, M, V, f, g_dec, slot[r], zero, scale, numbers)
             _move(Q, R, S, f, g_enc, slot[r], zero, one, numbers)
@@ -364,5 +344,3 @@ def adam_sparse(
             _move_by_pairs(Q, R, S, f, k, end, d_pre, r_tokens, inputs, zero, one, numbers)
         if keep and moved:
             norms[f] = _norm(P, f)
-        if turned and narrowed.size > 0:
-            _narrow(Q, f, narrowed, narrow_norms)

@@ -1,11 +1,23 @@
 """The compiled loops that find the active pairs behind the encoder (see `chatsae.sae.kernels` for the letters).
 
-Every product that is kept is exact. On a CPU with AMX the pairs that cannot be active are left out before, by
-`chatsae.sae.kernels_tiles.screen`.
+Every product that is kept is exact. `search` leaves out the pairs that cannot be active before, on a CPU with AMX.
 """
+
+import math
 
 import numpy as np
 
+from chatsae.sae.instructions import (
+    TILE,
+    add_products,
+    clear_sums,
+    configure,
+    load_left,
+    load_right,
+    release,
+    store_sums,
+    turn,
+)
 from chatsae.sae.kernels import REORDER, jit
 
 FREE = 4
@@ -112,23 +124,112 @@ def _products(W, f, x, tokens, k, n, acts):
 
 
 @jit(REORDER)
-def compact_screened(
-    first, last, W, x, eights, b_enc, theta, bandwidth, half, begin, end, tokens, acts, band
-):  # fmt: skip
-    """`compact`, with the exact products of the flagged pairs made here."""
-    some = max(2**17 // W.shape[1] // 8 * 8, 8)  # features and tokens whose vectors stay in the cache
-    length = 8 * eights.shape[1]
+def narrow(first, last, W, out, norms):
+    """The rows of W as the bits of bfloat16, rounded to nearest, and norms [2, F]: of the rows, of what they lost."""
+    half, bits = np.uint32(0x8000), np.uint32(16)
     for f in range(first, last):
-        end[f] = begin[f]
-    for f0 in range(first, last, some):
-        for t0 in range(0, length, some):
-            for f in range(f0, min(f0 + some, last)):
-                kept = end[f]
-                n = _flagged(eights, f, t0, min(t0 + some, length), kept, tokens)
-                _products(W, f, x, tokens, kept, n, acts)
-                for k in range(end[f], n):
-                    kept = _keep(kept, tokens[k], acts[k] + b_enc[f], theta[f], bandwidth, half, tokens, acts, band)
-                end[f] = kept
+        row, to, square, lost = W[f], out[f - first], W.dtype.type(0), W.dtype.type(0)
+        for j in range(row.size):
+            to[j] = np.uint16((np.float32(row[j]).view(np.uint32) + half) >> bits)
+        for j in range(row.size):
+            off = row[j] - np.uint32(np.uint32(to[j]) << bits).view(np.float32)
+            square += row[j] * row[j]
+            lost += off * off
+        norms[0, f - first], norms[1, f - first] = math.sqrt(square), math.sqrt(lost)
+
+
+@jit(False)
+def pack(rows, packed):
+    """`narrow` rows [32 panels, 32 steps] as the right side of a product: [panel, step, 2] tiles."""
+    stride, to, steps = rows.strides[0], packed.ctypes.data, rows.shape[1] // 32
+    for panel in range(rows.shape[0] // 32):
+        for k in range(steps):
+            at = rows.ctypes.data + 32 * panel * stride + 64 * k
+            turn(at, stride, to)
+            turn(at + 16 * stride, stride, to + TILE)
+            to += 2 * TILE
+
+
+@jit(False)
+def _multiply(rows, packed, out):
+    """out [32, N] = 32 `narrow` rows times all that is `pack`ed."""
+    stride, steps = rows.strides[0], rows.shape[1] // 32
+    right, to = packed.ctypes.data, out.ctypes.data
+    for _ in range(out.shape[1] // 32):
+        clear_sums()
+        for k in range(steps):
+            left = rows.ctypes.data + 64 * k
+            load_left(left, left + 16 * stride, stride)
+            load_right(right, right + TILE)
+            add_products()
+            right += 2 * TILE
+        store_sums(to, out.strides[0])
+        to += 128
+
+
+@jit(False)
+def _flag(z, f, norms, bounds, b_enc, low, flags, begin, end, used):
+    """flags[r, t]: whether the pair of feature f + r and token t may be active, from products z [32, N]; NaN may.
+
+    z is off by norms[0, r] bounds[0, t] + norms[1, r] bounds[1, t] at the most. Each feature gets room for its pairs
+    and FREE more, behind the `used` places; returns where the next would begin.
+    """
+    rounding, least = np.float32(2**-21), np.float32(1e-17)  # of z + b_enc; of what is too small for its square
+    n = bounds.shape[1]
+    for r in range(32):
+        row, out, passed, norm, lost = z[r], flags[r], 0, norms[0, r], norms[1, r]
+        most = low[f + r] - b_enc[f + r] - (rounding * (abs(low[f + r]) + abs(b_enc[f + r])) + least)
+        for t in range(n):
+            may = not (row[t] + (norm * bounds[0, t] + lost * bounds[1, t]) <= most)
+            out[t] = may
+            passed += may
+        out[n:] = 0
+        begin[f + r] = end[f + r] = used
+        used += passed + FREE
+    return used
+
+
+@jit(REORDER)
+def search(
+    first, last, parts, config, x, packed, bounds, W, b_enc, low, theta, bandwidth, half, begin, end, tokens, acts,
+    band, room, most, bits, norms, strips, flags, eights, reached,
+):  # fmt: skip
+    """What `count` and `compact` find, by products in bfloat16 of all pairs and exact ones of those that may be active.
+
+    Parts first <= part < last of the features, each with so much `room` in the lists; some features at a time, whose
+    rows stay in the cache in between. reached[part]: where it ends; before, where its room was used up; -1, where more
+    than `most` of the pairs may be active. packed, bounds: what `pack` and `_flag` need of x. bits [parts, some, D],
+    norms [parts, 2, some], strips [parts, 32, N or more], flags [parts, some, N or more] and `eights`, which is the
+    same: work space.
+    """
+    (n, d), some, panels = x.shape, bits.shape[1], len(W) // 32
+    length, wide = 8 * eights.shape[2], max(2**17 // d // 8 * 8, 8)  # tokens whose vectors stay in the cache
+    configure(config)
+    for part in range(first, last):
+        start, stop = 32 * (panels * part // parts), 32 * (panels * (part + 1) // parts)
+        f0, used, passed = start, part * room, 0
+        while f0 < stop:
+            f1 = min(f0 + some, stop)
+            narrow(f0, f1, W, bits[part], norms[part])
+            after = used
+            for r in range(0, f1 - f0, 32):
+                _multiply(bits[part, r : r + 32], packed, strips[part])
+                args = (strips[part], f0 + r, norms[part, :, r : r + 32], bounds, b_enc, low, flags[part, r : r + 32])
+                after = _flag(*args, begin, end, after)
+            passed += after - used - FREE * (f1 - f0)
+            if after > (part + 1) * room or passed > most * n * (f1 - start):
+                break
+            for t0 in range(0, length, wide):
+                for f in range(f0, f1):
+                    kept = end[f]
+                    k = _flagged(eights[part], f - f0, t0, min(t0 + wide, length), kept, tokens)
+                    _products(W, f, x, tokens, kept, k, acts)
+                    for i in range(end[f], k):
+                        kept = _keep(kept, tokens[i], acts[i] + b_enc[f], theta[f], bandwidth, half, tokens, acts, band)
+                    end[f] = kept
+            f0, used = f1, after
+        reached[part] = -1 if passed > most * n * (min(f0 + some, stop) - start) else f0
+    release()
 
 
 @jit(False)

@@ -1,13 +1,14 @@
-"""The active pairs of a batch: the encoder and its activation, in blocks of features that stay in the cache."""
+"""The active pairs of a batch: the encoder and its activation."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from chatsae.sae import kernels, kernels_pairs, kernels_tiles
+from chatsae.sae import kernels_pairs
 from chatsae.sae.crew import share
-from chatsae.sae.products import NARROW_RATE, SIDE, config, product, tiles
+from chatsae.sae.instructions import CONFIG
+from chatsae.sae.products import NARROW_RATE, SIDE, product, tiles
 from chatsae.sae.workspace import Array, grown, space
 
 _BLOCK, _PAIRS = 2**23, 2**20
@@ -15,7 +16,11 @@ _BLOCK, _PAIRS = 2**23, 2**20
 _LEAST = 256
 """Features per block at the least, so that the products stay efficient."""
 _SCREENED = 0.08
-"""Share of the pairs of a block behind the screen up to which exact products for them alone are the faster way."""
+"""Share of the pairs behind the screen up to which exact products for them alone are the faster way."""
+_FIRST_ROOM = 0.02
+"""Share of the pairs behind the screen for which there is room at first."""
+_CACHED = 2**17
+"""Numbers of the rows that are screened at a time."""
 
 
 @dataclass
@@ -61,25 +66,15 @@ class Pairs:
     total: int
 
 
-def find(
-    x: Array, rows: Array, act: Activation, *, limit: float, room: int, narrowed: tuple[Array, Array] | None = None
-) -> Pairs | None:
+def find(x: Array, rows: Array, act: Activation, *, limit: float, room: int) -> Pairs | None:
     """The pairs of inputs x [N, D] and an encoder by feature [F, D]; None when they are more than `limit` of all.
 
     Every activation is a product in the dtype of x; the screen only leaves out what cannot be active.
-    narrowed: `kernels.narrow` of the rows, where someone has it.
     """
-    n, (F, d) = len(x), rows.shape
     search = _Search(x, rows, act)
-    size = min(max(min(_BLOCK // d, _PAIRS // n) // SIDE * SIDE, _LEAST), F)
-    if screens(n, rows):
-        search.screen = _Screen(x, size, narrowed)
-    for f0 in range(0, F, size):
-        block = slice(f0, min(f0 + size, F))
-        search(block)
-        if search.total > limit * n * F:
-            return None
-    return search.by_token(room)
+    if not (screens(len(x), rows) and search.screened()):
+        search.all(limit)
+    return search.by_token(room) if search.total <= limit * len(x) * len(rows) else None
 
 
 def screens(n: int, rows: Array) -> bool:
@@ -89,40 +84,76 @@ def screens(n: int, rows: Array) -> bool:
 
 
 class _Search:
-    """Finds the pairs of one block of features after another, by feature."""
+    """Finds the pairs, by feature."""
 
     def __init__(self, x: Array, rows: Array, act: Activation) -> None:
-        self.x, self.rows, self.act, self.low = x, rows, act, act.low
+        self.x, self.rows, self.act, self.low, self.dtype = x, rows, act, act.low, x.dtype.type
         self.begin, self.end = space("begin", len(rows), np.int64), space("end", len(rows), np.int64)
-        self.screen: _Screen | None = None
-        self.total = self._used = 0
+        self.theta = act.theta, self.dtype(act.bandwidth), self.dtype(0.5)
+        self.total = 0
 
-    def __call__(self, block: slice) -> None:
-        n, k, dtype = len(self.x), block.stop - block.start, self.x.dtype.type
-        rows, b_enc, theta, low = (a[block] for a in (self.rows, self.act.b_enc, self.act.theta, self.low))
-        counts, flags = space("counts", k, np.int64), space("flags", (k, (n + 7) // 8 * 8), np.uint8)
-        begin, end = self.begin[block], self.end[block]
-        z, used = None, self._used
-        if self.screen is not None:
-            self.screen.count(block, rows, b_enc, low, flags, counts)
-            used = kernels_pairs.make_room(counts, begin, self._used)
-            flagged = used - self._used - kernels_pairs.FREE * k
-            if flagged > _SCREENED * n * k:  # exact products for all are faster, in the blocks to come too most likely
-                self.screen = None
-        if self.screen is None:
-            z, _ = product("hidden_pre", torch.from_numpy(rows), torch.from_numpy(self.x).T, dtype)
+    def all(self, limit: float) -> None:
+        """By exact products of all pairs, in blocks of features; stops when more than `limit` are found."""
+        (n, d), F, used = self.x.shape, len(self.rows), 0
+        size = min(max(min(_BLOCK // d, _PAIRS // n), _LEAST), F)
+        self.total = 0
+        for f0 in range(0, F, size):
+            some = slice(f0, min(f0 + size, F))
+            rows, b_enc, low = self.rows[some], self.act.b_enc[some], self.low[some]
+            theta, begin, end = self.act.theta[some], self.begin[some], self.end[some]
+            k = len(rows)
+            counts, flags = space("counts", k, np.int64), space("flags", (k, (n + 7) // 8 * 8), np.uint8)
+            z, _ = product("hidden_pre", torch.from_numpy(rows), torch.from_numpy(self.x).T, self.dtype)
             share(kernels_pairs.count, k, z.size, z, b_enc, low, flags, counts)
-            used = kernels_pairs.make_room(counts, begin, self._used)
-        kinds = ("tokens", np.int32), ("acts", dtype), ("band", np.bool_)
-        self._lists = tuple(grown(name, used, self._used, kind) for name, kind in kinds)
-        tail = (flags.view(np.uint64), b_enc, theta, dtype(self.act.bandwidth), dtype(0.5), begin, end)
-        if z is None:
-            work = (used - self._used) * rows.shape[1]
-            share(kernels_pairs.compact_screened, k, work, rows, self.x, *tail, *self._lists)
-        else:
-            share(kernels_pairs.compact, k, z.size, z, *tail, *self._lists)
-        self._used = used
-        self.total += kernels_pairs.found(begin, end)
+            before, used = used, kernels_pairs.make_room(counts, begin, used)
+            self._make_lists(used, before)
+            tail = (theta, *self.theta[1:], begin, end, *self._lists)
+            share(kernels_pairs.compact, k, z.size, z, flags.view(np.uint64), b_enc, *tail)
+            self.total += kernels_pairs.found(begin, end)
+            if self.total > limit * n * F:
+                return
+
+    def screened(self) -> bool:
+        """By products in bfloat16, and exact ones of what passes; False, and nothing, where too many pass.
+
+        With vectors x', w' in bfloat16, |x w - x' w'| is at most ‖x - x'‖ ‖w‖ + ‖x'‖ ‖w - w'‖. Sums in float32 add
+        D · 2⁻²⁴ each.
+        """
+        (n, d), F, parts = self.x.shape, len(self.rows), torch.get_num_threads()
+        whole, some = n + -n % SIDE, max(_CACHED // d // SIDE, 1) * SIDE
+        bits, norms = space("narrow_x", (whole, d), np.uint16), space("narrow_x_norms", (2, n), self.dtype)
+        kernels_pairs.narrow(0, n, self.x, bits, norms)
+        bits[n:] = 0
+        packed = space("narrow_packed", (whole, d), np.uint16)
+        kernels_pairs.pack(bits, packed)
+        above = np.float32(1.01)  # the norms are sums in float32
+        bounds = above * np.stack((norms[1] + np.float32(d * 2.0**-22) * norms[0], norms[0] + norms[1]))
+        flags, reached = space("narrow_flags", (parts, some, whole), np.uint8), np.empty(parts, np.int64)
+        rooms = (
+            space("narrow_rows", (parts, some, d), np.uint16),
+            space("narrow_norms", (parts, 2, some), self.dtype),
+            space("narrow_z", (parts, SIDE, whole), self.dtype),
+            *(flags, flags.view(np.uint64), reached),
+        )
+        head = (parts, CONFIG.ctypes.data, self.x, packed, bounds, self.rows, self.act.b_enc, self.low, *self.theta)
+        share_of_pairs = _FIRST_ROOM
+        ends = [SIDE * (F // SIDE * (part + 1) // parts) for part in range(parts)]
+        while True:
+            self._make_lists(int(share_of_pairs * n * F) + kernels_pairs.FREE * (F + parts), 0)
+            room = min(array.size for array in self._lists) // parts
+            args = (*head, self.begin, self.end, *self._lists, room, _SCREENED, *rooms)
+            share(kernels_pairs.search, parts, n * F * d // NARROW_RATE, *args)
+            if (reached < 0).any():
+                return False
+            if (reached == ends).all():
+                self.total = kernels_pairs.found(self.begin, self.end)
+                return True
+            share_of_pairs *= 2
+
+    def _make_lists(self, size: int, used: int) -> None:
+        """Lists for so many pairs, the first `used` of which stay."""
+        kinds = ("tokens", np.int32), ("acts", self.dtype), ("band", np.bool_)
+        self._lists = tuple(grown(name, size, used, kind) for name, kind in kinds)
 
     def by_token(self, room: int) -> Pairs:
         """Everything that was found."""
@@ -150,39 +181,3 @@ class _Search:
             slots=slots,
             total=total,
         )
-
-
-class _Screen:
-    """Leaves out the pairs whose product in bfloat16 lies so low that the exact one cannot be active.
-
-    With vectors x', w' in bfloat16, |x w - x' w'| is at most ‖x - x'‖ ‖w‖ + ‖x'‖ ‖w - w'‖. Sums in float32 add D · 2⁻²⁴
-    each.
-    """
-
-    def __init__(self, x: Array, size: int, narrowed: tuple[Array, Array] | None) -> None:
-        n, d = x.shape
-        whole = n + -n % SIDE
-        bits, norms = space("narrow_x", (whole, d), np.uint16), space("narrow_x_norms", (2, n), x.dtype)
-        kernels.narrow(0, n, x, bits, norms)
-        bits[n:] = 0
-        self._packed = space("narrow_packed", (whole, d), np.uint16)
-        kernels_tiles.pack_narrow(bits, self._packed)
-        above = np.float32(1.01)  # the norms are sums in float32
-        self._slack = above * norms[1] + np.float32(d * 2.0**-22) * norms[0]
-        self._size = above * (norms[0] + norms[1])
-        self._narrowed = narrowed
-        if narrowed is None:
-            self._rows = space("narrow_rows", (size, d), np.uint16), space("narrow_norms", (2, size), x.dtype)
-        self._strips = space("narrow_strips", (torch.get_num_threads(), SIDE, whole), x.dtype)
-
-    def count(self, block: slice, rows: Array, b_enc: Array, low: Array, flags: Array, counts: Array) -> None:
-        """Flag the pairs of a block that may pass."""
-        k, parts = len(rows), len(self._strips)
-        if self._narrowed is not None:
-            bits, norms = self._narrowed[0][block], self._narrowed[1][:, block]
-        else:
-            bits, norms = self._rows[0][:k], self._rows[1][:, :k]
-            share(kernels.narrow, k, rows.size, rows, bits, norms)
-        bounds = self._packed, self._slack, self._size, b_enc, low
-        work = rows.size * len(self._slack) // NARROW_RATE
-        share(kernels_tiles.screen, parts, work, parts, config(), bits, norms, *bounds, flags, counts, self._strips)

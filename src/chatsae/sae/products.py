@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from chatsae.sae import kernels_tiles
 from chatsae.sae.crew import share
+from chatsae.sae.instructions import CONFIG
 from chatsae.sae.workspace import Array, both, space
 
 _AMD = llvmlite.binding.get_host_cpu_name().startswith("znver")
@@ -28,9 +30,6 @@ _COLUMNS, _BLOCK, _CHUNK = 1024, 2**17, 128
 their depth is a multiple of."""
 _RATE, NARROW_RATE = 32, 192
 """How much faster a multiplication is on tiles than in a loop: of float32, and of bfloat16."""
-
-_CONFIG = np.zeros(64, np.uint8)
-_CONFIG[0], _CONFIG[16:32:2], _CONFIG[48:56] = 1, 64, 16  # palette, bytes of a row, rows
 
 
 def product(
@@ -78,8 +77,6 @@ def on_tiles(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"], out: Float[Tensor
 
     As exact as float32: see `chatsae.sae.kernels_tiles`. The number of threads changes no bit.
     """
-    from chatsae.sae import kernels_tiles
-
     (m, k), n, threads = a.shape, b.shape[1], torch.get_num_threads()
     nc = min(n, _COLUMNS)
     kc = min(max(_BLOCK // nc // _CHUNK, 1) * _CHUNK, k)
@@ -87,11 +84,6 @@ def on_tiles(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"], out: Float[Tensor
     spares = space("tiles", (threads, size), np.uint8)
     left = a.data_ptr(), 4 * max(a.stride()), a.stride(1) == 1
     right = b.data_ptr(), 4 * max(b.stride()), b.stride(0) == 1
-    to, memory = (out.data_ptr(), 4 * out.stride(0)), (config(), spares.ctypes.data, size)
+    to, memory = (out.data_ptr(), 4 * out.stride(0)), (CONFIG.ctypes.data, spares.ctypes.data, size)
     work = m * n * k // _RATE
     share(kernels_tiles.multiply, threads, work, threads, left, right, to, (m, n, k), add, (kc, nc), memory)
-
-
-def config() -> int:
-    """The address of what tells the CPU of eight tile registers of 16 rows of 64 bytes."""
-    return _CONFIG.ctypes.data

@@ -80,8 +80,7 @@ class FastStep:
         weights = self.weights()
         inputs, sae_in = weights.inputs(x)
         room = _ROOM if len(x) <= _GRAM else _ROOM_BEYOND
-        act, narrowed = weights.activation(), weights.narrowed(len(x))
-        pairs = find(sae_in, weights.W_enc, act, limit=limit, room=room, narrowed=narrowed)
+        pairs = find(sae_in, weights.W_enc, weights.activation(), limit=limit, room=room)
         if pairs is None:
             return None
         if self._was_dense:
@@ -101,7 +100,6 @@ class FastStep:
         weights = self.weights()
         found = dense.gradients(weights, x, self.sae.spec.coefficient * sparsity_scale)
         if math.isfinite(found.losses.total.item()):
-            weights.forget_narrowed()
             numbers = self.numbers(lr, _clip(found.squared, found.vectors, clip_grad_norm))
             args = (*self.arrays("W_dec"), *self.arrays("W_enc"), found.W_dec, found.W_enc, found.pulls)
             args = (*args, weights.keeps_norms, weights.norms(), numbers)
@@ -180,7 +178,7 @@ class _Batch:
         dec = (*self.fast.arrays("W_dec"), p.r_acts, self.d_out, self.pulls, self.stored[0])
         enc = (*self.fast.arrays("W_enc"), self.d_pre, self.sae_in, self.stored[1])
         args = (p.row_of, p.r_begin, p.r_tokens, p.slot, *dec, *enc)
-        args = (*args, w.unit, w.keeps_norms, w.norms(), *w.to_narrow(), numbers)
+        args = (*args, w.unit, w.keeps_norms, w.norms(), numbers)
         share(kernels.adam_sparse, self.F, 16 * w.W_dec.size, *args)
         self.fast.move(vectors, numbers)
         return losses
