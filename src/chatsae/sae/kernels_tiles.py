@@ -36,10 +36,10 @@ CHUNK = 4
 
 @jit(False)
 def _pack(source, stride, by_line, turned, panels, steps, to):
-    """Packs 32 panels lines and 32 steps of K. by_line: a row of the source is a line, else one of K.
+    """Packs lines, 32 per panel, so many steps of 32 deep. by_line: a row of the source is a line, else of one depth.
 
-    Rows are read from end to end, as the cache expects it. turned: words were written by line where they belong by K,
-    or the other way round.
+    Rows are read from end to end, as the cache expects it. turned: the words of a tile then lie the other way round
+    than they belong.
     """
     if by_line:
         for line in range(32 * panels):

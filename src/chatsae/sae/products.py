@@ -37,8 +37,8 @@ def product(
 ) -> tuple[Array, Tensor]:
     """a @ b, in the work space, as an array and as a tensor (see `both`); `add`: what becomes the sum of it and a @ b.
 
-    On AMD, torch's own float32 product takes twice the time of oneDNN's, which runs there. By the kind of CPU and not
-    by a timing: what is computed must not hang on how busy the machine was.
+    On AMD, torch's own float32 product takes twice the time of oneDNN's, which runs there; with AMX, large ones run on
+    tiles. By the kind of CPU and not by a timing: what is computed must not hang on how busy the machine was.
     """
     if _AMD and a.dtype == torch.float32 and torch.backends.mkldnn.is_available():
         try:
@@ -72,10 +72,10 @@ def fits_tiles(dtype: torch.dtype, *sides: int) -> bool:
 
 
 def on_tiles(a: Float[Tensor, "M K"], b: Float[Tensor, "K N"], out: Float[Tensor, "M N"], *, add: bool = False) -> None:
-    """out = a @ b, or that added to it, of what `fits_tiles`. Numbers of a row of out are neighbours, and those
-    of a row or a column of a and b.
+    """out = a @ b, or that added to it, of what `fits_tiles`, as exact as float32 (`chatsae.sae.kernels_tiles`).
 
-    As exact as float32: see `chatsae.sae.kernels_tiles`. The number of threads changes no bit.
+    The number of threads changes no bit. Numbers side by side in a row of out are neighbours in memory, and those in a
+    row or in a column of a and b.
     """
     (m, k), n, threads = a.shape, b.shape[1], torch.get_num_threads()
     nc = min(n, _COLUMNS)
