@@ -142,6 +142,28 @@ def test_the_screen_changes_nothing_but_the_order_of_sums(case, monkeypatch):
 
 
 @tiles
+@pytest.mark.parametrize("active", [0.07, 0.13, 0.3])
+def test_the_number_of_threads_changes_no_bit(active, monkeypatch):
+    """Also where the pairs that may be active are those of a few features, and one thread alone would give up."""
+    monkeypatch.setattr(pairs, "NARROW_RATE", 1)
+    monkeypatch.setattr(pairs, "_CACHED", 32 * 64)
+    generator, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    x, rows = (torch.randn(size, 64, generator=generator).numpy() for size in (64, 256))
+    b_enc = np.full(256, -100, np.float32)
+    b_enc[:64] = -np.quantile(x @ rows[:64].T, 1 - 4 * active, axis=0) if active < 0.25 else 100
+    act, seen, ways = pairs.Activation(b_enc, np.zeros(256, np.float32), 0.0), [], screened(monkeypatch)
+    monkeypatch.setattr(pairs, "_SCREENED", 0.1)
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found = pairs.find(x, rows, act, limit=1.0, room=3)
+        assert found is not None
+        seen.append((found.features[: found.total].tobytes(), found.acts[: found.total].tobytes()))
+    torch.set_num_threads(before)
+    assert ways == 3 * [active == 0.07]
+    assert seen[0] == seen[1] == seen[2]
+
+
+@tiles
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["x", "W_enc", "b_enc"])
 def test_the_screen_lets_nothing_pass_that_is_not_a_number(bad, where, monkeypatch):

@@ -192,22 +192,23 @@ def _flag(z, f, norms, bounds, b_enc, low, flags, begin, end, used):
 @jit(REORDER)
 def search(
     first, last, parts, config, x, packed, bounds, W, b_enc, low, theta, bandwidth, half, begin, end, tokens, acts,
-    band, room, most, bits, norms, strips, flags, eights, reached,
+    band, room, most, bits, norms, strips, flags, eights, reached, passed,
 ):  # fmt: skip
     """What `count` and `compact` find, by products in bfloat16 of all pairs and exact ones of those that may be active.
 
     Parts first <= part < last of the features, each with so much `room` in the lists; some features at a time, whose
-    rows stay in the cache in between. reached[part]: where it ends; before, where its room was used up; -1, where more
-    than `most` of the pairs may be active. packed, bounds: what `pack` and `_flag` need of x. bits [parts, some, D],
-    norms [parts, 2, some], strips [parts, 32, N or more], flags [parts, some, N or more] and `eights`, which is the
-    same: work space.
+    rows stay in the cache in between. passed[part]: pairs that may be active; reached[part]: how far it came, which is
+    not to its end where its room was used up or `most` passed. packed, bounds: what `pack` and `_flag` need of x. bits
+    [parts, some, D], norms [parts, 2, some], strips [parts, 32, N or more], flags [parts, some, N or more] and
+    `eights`, which is the same: work space.
     """
-    (n, d), some, panels = x.shape, bits.shape[1], len(W) // 32
+    d, some, panels = x.shape[1], bits.shape[1], len(W) // 32
     length, wide = 8 * eights.shape[2], max(2**17 // d // 8 * 8, 8)  # tokens whose vectors stay in the cache
     configure(config)
     for part in range(first, last):
         start, stop = 32 * (panels * part // parts), 32 * (panels * (part + 1) // parts)
-        f0, used, passed = start, part * room, 0
+        f0, used = start, part * room
+        passed[part] = 0
         while f0 < stop:
             f1 = min(f0 + some, stop)
             narrow(f0, f1, W, bits[part], norms[part])
@@ -216,8 +217,8 @@ def search(
                 _multiply(bits[part, r : r + 32], packed, strips[part])
                 args = (strips[part], f0 + r, norms[part, :, r : r + 32], bounds, b_enc, low, flags[part, r : r + 32])
                 after = _flag(*args, begin, end, after)
-            passed += after - used - FREE * (f1 - f0)
-            if after > (part + 1) * room or passed > most * n * (f1 - start):
+            passed[part] += after - used - FREE * (f1 - f0)
+            if after > (part + 1) * room or passed[part] > most:
                 break
             for t0 in range(0, length, wide):
                 for f in range(f0, f1):
@@ -228,7 +229,7 @@ def search(
                         kept = _keep(kept, tokens[i], acts[i] + b_enc[f], theta[f], bandwidth, half, tokens, acts, band)
                     end[f] = kept
             f0, used = f1, after
-        reached[part] = -1 if passed > most * n * (min(f0 + some, stop) - start) else f0
+        reached[part] = f0
     release()
 
 

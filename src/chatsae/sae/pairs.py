@@ -15,8 +15,9 @@ _BLOCK, _PAIRS = 2**23, 2**20
 """Weights and pairs per block of features at the most."""
 _LEAST = 256
 """Features per block at the least, so that the products stay efficient."""
-_SCREENED = 0.08
-"""Share of the pairs behind the screen up to which exact products for them alone are the faster way."""
+_SCREENED = 0.1
+"""Share of all pairs, behind the screen, up to which exact products for them alone are the faster way. Of all, and not
+of what a thread has seen: the ways round differently, and the number of threads must change no bit."""
 _FIRST_ROOM = 0.02
 """Share of the pairs behind the screen for which there is room at first."""
 _CACHED = 2**17
@@ -128,22 +129,22 @@ class _Search:
         kernels_pairs.pack(bits, packed)
         above = np.float32(1.01)  # the norms are sums in float32
         bounds = above * np.stack((norms[1] + np.float32(d * 2.0**-22) * norms[0], norms[0] + norms[1]))
-        flags, reached = space("narrow_flags", (parts, some, whole), np.uint8), np.empty(parts, np.int64)
+        flags, (reached, passed) = space("narrow_flags", (parts, some, whole), np.uint8), np.empty((2, parts), np.int64)
         rooms = (
             space("narrow_rows", (parts, some, d), np.uint16),
             space("narrow_norms", (parts, 2, some), self.dtype),
             space("narrow_z", (parts, SIDE, whole), self.dtype),
-            *(flags, flags.view(np.uint64), reached),
+            *(flags, flags.view(np.uint64), reached, passed),
         )
         head = (parts, CONFIG.ctypes.data, self.x, packed, bounds, self.rows, self.act.b_enc, self.low, *self.theta)
-        share_of_pairs = _FIRST_ROOM
+        share_of_pairs, most = _FIRST_ROOM, int(_SCREENED * n * F)
         ends = [SIDE * (F // SIDE * (part + 1) // parts) for part in range(parts)]
         while True:
             self._make_lists(int(share_of_pairs * n * F) + kernels_pairs.FREE * (F + parts), 0)
             room = min(array.size for array in self._lists) // parts
-            args = (*head, self.begin, self.end, *self._lists, room, _SCREENED, *rooms)
+            args = (*head, self.begin, self.end, *self._lists, room, most, *rooms)
             share(kernels_pairs.search, parts, n * F * d // NARROW_RATE, *args)
-            if (reached < 0).any():
+            if passed.sum() > most:
                 return False
             if (reached == ends).all():
                 self.total = kernels_pairs.found(self.begin, self.end)
