@@ -90,7 +90,7 @@ class _Search:
     def __init__(self, x: Array, rows: Array, act: Activation) -> None:
         self.x, self.rows, self.act, self.low, self.dtype = x, rows, act, act.low, x.dtype.type
         self.begin, self.end = space("begin", len(rows), np.int64), space("end", len(rows), np.int64)
-        self.theta = act.theta, self.dtype(act.bandwidth), self.dtype(0.5)
+        self.band = self.dtype(act.bandwidth), self.dtype(0.5)
         self.total = 0
 
     def all(self, limit: float) -> None:
@@ -108,8 +108,8 @@ class _Search:
             share(kernels_pairs.count, k, z.size, z, b_enc, low, flags, counts)
             before, used = used, kernels_pairs.make_room(counts, begin, used)
             self._make_lists(used, before)
-            tail = (theta, *self.theta[1:], begin, end, *self._lists)
-            share(kernels_pairs.compact, k, z.size, z, flags.view(np.uint64), b_enc, *tail)
+            tail = (b_enc, theta, *self.band, begin, end, *self._lists)
+            share(kernels_pairs.compact, k, z.size, z, flags.view(np.uint64), *tail)
             self.total += kernels_pairs.found(begin, end)
             if self.total > limit * n * F:
                 return
@@ -136,13 +136,14 @@ class _Search:
             space("narrow_z", (parts, SIDE, whole), self.dtype),
             *(flags, flags.view(np.uint64), reached, passed),
         )
-        head = (parts, CONFIG.ctypes.data, self.x, packed, bounds, self.rows, self.act.b_enc, self.low, *self.theta)
+        act = self.act.b_enc, self.low, self.act.theta, *self.band
+        head = (parts, CONFIG.ctypes.data, self.x, packed, bounds, self.rows, *act, self.begin, self.end)
         share_of_pairs, most = _FIRST_ROOM, int(_SCREENED * n * F)
         ends = [SIDE * (F // SIDE * (part + 1) // parts) for part in range(parts)]
         while True:
             self._make_lists(int(share_of_pairs * n * F) + kernels_pairs.FREE * (F + parts), 0)
             room = min(array.size for array in self._lists) // parts
-            args = (*head, self.begin, self.end, *self._lists, room, most, *rooms)
+            args = (*head, *self._lists, room, most, *rooms)
             share(kernels_pairs.search, parts, n * F * d // NARROW_RATE, *args)
             if passed.sum() > most:
                 return False
