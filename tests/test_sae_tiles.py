@@ -98,7 +98,7 @@ def test_what_is_not_finite_spoils_its_row_and_column_alone(bad):
 def test_what_tiles_do_not_fit_goes_to_torch(monkeypatch):
     assert products.fits_tiles(torch.float32, 256, 512, 256)
     assert not products.fits_tiles(torch.float64, 256, 512, 256)
-    assert not any(products.fits_tiles(torch.float32, *sides) for sides in ((240, 512, 256), (256, 496, 256)))
+    assert not any(products.fits_tiles(torch.float32, *sides) for sides in ((240, 1024, 512), (256, 496, 1024)))
     assert not products.fits_tiles(torch.float32, 64, 64, 64)  # packing would take longer than the product
     a, b = torch.randn(256, 1024)[:, ::2], torch.randn(512, 256)
     monkeypatch.delattr(products, "on_tiles")
