@@ -96,7 +96,7 @@ def test_checkpoints_come_back_exactly_and_only_two_are_kept(tmp_path):
     run.close()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "no json", "bad json", "missing"])
+@pytest.mark.parametrize("damage", ["truncate", "flip", "no json", "bad json", "deep json", "a list", "missing"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, capsys):
     run = Run.open(tmp_path, CONFIG)
     run.save_checkpoint(checkpoint(5))
@@ -111,8 +111,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, caps
         file.write_bytes(content)
     elif damage == "no json":
         facts.unlink()
-    elif damage == "bad json":
-        facts.write_text("{")
+    elif damage in ("bad json", "deep json", "a list"):
+        facts.write_text({"bad json": "{", "deep json": "[" * 100_000, "a list": "[1]"}[damage])
     else:
         file.unlink()
     loaded = run.load_checkpoint()
@@ -167,9 +167,12 @@ def test_metrics_of_repeated_steps_are_dropped_and_a_cut_line_too(tmp_path):
     run.close()
 
 
-def test_a_damaged_line_of_metrics_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "line", [b'{"step', b"[1]", b'{"step": "x"}', b"{}", b'{"step": 2, "\xff": 1}', b"[" * 100_000]
+)
+def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
     run = Run.open(tmp_path, CONFIG)
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step\n{"step": 3}\n')
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged"):
         run.metrics()
     run.close()

@@ -308,13 +308,13 @@ def test_a_cfg_cut_anywhere_is_refused(tmp_path):
     whole = path.read_text()
     for length in range(0, len(whole) - 1, 11):
         path.write_text(whole[:length])
-        with pytest.raises(UserError, match=r"cfg\.json is not valid JSON"):
+        with pytest.raises(UserError, match=r"cfg\.json is damaged"):
             SAE.load(tmp_path)
     path.write_text("[1, 2]")
-    with pytest.raises(UserError, match="a JSON object was expected, not list"):
+    with pytest.raises(UserError, match="an object was expected, not a list"):
         SAE.load(tmp_path)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="not valid JSON"):
+    with pytest.raises(UserError, match="is damaged"):
         SAE.load(tmp_path)
 
 

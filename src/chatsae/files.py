@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,68 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON as a whole or not at all; errors are those of `write_text`."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path, advice: str = "") -> Any:
+    """The JSON value of a file; `advice` ends the message about a damaged one: what to do.
+
+    Raises:
+        UserError: the file cannot be read, is not UTF-8 or JSON, or is nested too deeply.
+    """
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise damaged(path, error, advice) from None
+
+
+def read_object(path: Path, advice: str = "", keys: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """The JSON object of a file, in which each of `keys` has a value of its type; see `read_json`.
+
+    Raises:
+        UserError: see `read_json`; or it is no object, or a key is missing or has a value of another type.
+    """
+    value = read_json(path, advice)
+    if not isinstance(value, dict):
+        raise damaged(path, f"an object was expected, not {_kind(value)}", advice)
+    for key, kind in (keys or {}).items():
+        if key not in value:
+            raise damaged(path, f"{key!r} is missing", advice)
+        if type(value[key]) is not kind:
+            raise damaged(path, f"{key!r} is {_kind(value[key])}, {_KINDS[kind]} was expected", advice)
+    return value
+
+
+_KINDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "a flag",
+}
+
+
+def _kind(value: object) -> str:
+    return _KINDS.get(type(value), "null")
+
+
+def damaged(path: Path, problem: object, advice: str = "") -> UserError:
+    """The error of a file that does not hold what was written there."""
+    return UserError(f"{path} is damaged ({problem})" + (f"; {advice}" if advice else ""))
 
 
 def sync(path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from chatsae import console
 from chatsae.config import RunConfig, sae_specs
 from chatsae.errors import UserError
-from chatsae.files import Lock, sha256, sync, write_json, write_text
+from chatsae.files import Lock, parse_json, read_object, sha256, sync, write_json, write_text
 from chatsae.recipe import differences, load_recipe, to_yaml
 
 _KEPT = 2  # checkpoints; the older one is there for the day the newer one is damaged
@@ -113,14 +113,16 @@ class Run:
             UserError: another line is damaged.
         """
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
         records = []
-        for number, line in enumerate(lines, start=1):
-            if line.endswith("\n"):
-                try:
-                    records.append(json.loads(line))
-                except ValueError as error:
-                    raise UserError(f"{path}, line {number} is damaged ({error}); delete the line to go on") from None
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                record = parse_json(line.decode())
+                if not isinstance(record, dict) or type(record.get("step")) is not int:
+                    raise ValueError("an object with a whole number 'step' was expected")
+            except ValueError as error:
+                raise UserError(f"{path}, line {number} is damaged ({error}); delete the line to go on") from None
+            records.append(record)
         return records
 
     def forget_after(self, step: int) -> None:
@@ -159,12 +161,12 @@ class Run:
         """The newest checkpoint that is whole, or None; damaged ones are named and passed over."""
         for path in sorted((self.path / "checkpoints").glob("step-*"), reverse=True):
             try:
-                facts = json.loads((path / "state.json").read_text(encoding="utf-8"))
+                facts = read_object(path / "state.json", keys={"step": int, "sha256": str, "facts": dict})
                 if sha256(path / "state.safetensors") != facts["sha256"]:
                     raise ValueError("its content does not match its sha256")
                 tensors = load_file(path / "state.safetensors")
                 return Checkpoint(step=facts["step"], tensors=tensors, facts=facts["facts"])
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 console.warn(f"checkpoint {path} is damaged ({error}); the one before it is used")
         return None
 

@@ -1,7 +1,6 @@
 """Paired prompt sets: read from files, checked, and halved into pairs to choose on and pairs to report on."""
 
 import difflib
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from chatsae.audit.shipped import SHIPPED, SHIPPED_PREFIXES, shipped_pairs
 from chatsae.batch import Message
 from chatsae.errors import UserError
+from chatsae.files import parse_json, read_json
 
 Half = Literal["choose", "report"]
 """choose: features, probes and their settings are picked on it; report: the numbers that count are measured on it."""
@@ -211,12 +211,7 @@ def _joined(positive: Path, negative: Path, half: Half | None, tally: Counter[st
 
 def _instructions(path: Path) -> list[tuple[str, str]]:
     """`[{"instruction": ..., "category": ...}]`, the files of refusal_direction; other keys are not looked at."""
-    try:
-        entries: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
+    entries: Any = read_json(path)
     if not isinstance(entries, list):
         raise UserError(f"{path}: expected a list of objects with instruction and category, not {_short(entries)}")
     found = []
@@ -241,7 +236,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except ValueError as error:
                 raise UserError(f"{path}, line {number} is no JSON: {error}") from None
 

@@ -1,6 +1,5 @@
 """The dialogues that a run is evaluated on, and whether it was trained on any of them."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from chatsae.data.store.prepared import Prepared
 from chatsae.data.store.splits import split_tokens
 from chatsae.data.stream import RowStream
 from chatsae.errors import UserError
+from chatsae.files import read_object
 from chatsae.lm.load import LanguageModel
 from chatsae.runs import Run
 
@@ -107,10 +107,7 @@ def _training_sources(run: Run) -> list[dict[str, Any]]:
     if data.prepared:
         return Manifest.read(Path(data.prepared)).facts["recipe"]["sources"]
     if data.method != "bt-p" and path.is_file():
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))["sources"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error})") from None
+        return read_object(path, keys={"sources": list})["sources"]
     return [{"name": name} for name in data.sources]
 
 

@@ -1,6 +1,5 @@
 """Reports: the metrics of a run's SAEs, and the table that sets runs side by side."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
@@ -17,7 +16,7 @@ from chatsae.evals.figures import COLUMNS as SUMS
 from chatsae.evals.figures import Table, ratios
 from chatsae.evals.paper import SOURCE, differences_from_paper, paper_model, paper_row
 from chatsae.evals.schema import VERSION
-from chatsae.files import write_json
+from chatsae.files import read_object, write_json
 from chatsae.runs import Run
 from chatsae.statistics import Paired, paired
 
@@ -152,13 +151,10 @@ class Report:
         """
         path = Path(path)
         anew = f"`chatsae eval {path.parent}` writes it"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            rows, facts, version = dict(data["saes"]), dict(data["facts"]), data.get("schema", 0)
-        except FileNotFoundError:
-            raise UserError(f"{path} does not exist; {anew}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is damaged ({error}); {anew} anew") from None
+        if not path.exists():
+            raise UserError(f"{path} does not exist; {anew}")
+        data = read_object(path, f"{anew} anew", {"saes": dict, "facts": dict})
+        rows, facts, version = data["saes"], data["facts"], data.get("schema", 0)
         if version not in range(VERSION + 1):
             raise UserError(f"{path}: schema is {version!r}; this chatsae reads up to {VERSION}; {anew} anew")
         sums = path.with_suffix(".parquet")

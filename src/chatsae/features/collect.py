@@ -1,7 +1,6 @@
 """One pass of a language model over a split, for every feature of every SAE; resumes to the same bits."""
 
 import hashlib
-import json
 import os
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from chatsae.errors import UserError
 from chatsae.features.firings import digest, firings
 from chatsae.features.keeper import Keeper, Split
 from chatsae.features.records import Options
-from chatsae.files import sha256, sync, write_json
+from chatsae.files import read_object, sha256, sync, write_json
 from chatsae.lm.budget import choose_budget
 from chatsae.lm.forward import check_tokens
 from chatsae.lm.harvest import Harvest
@@ -210,7 +209,7 @@ def load_state(folder: Path, what: Mapping[str, Any], keepers: Mapping[str, Keep
     if not path.is_file():
         return None
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_object(path)
         if facts["what"] != what:
             return None
         if sha256(folder / facts["file"]) != facts["sha256"]:
@@ -220,6 +219,6 @@ def load_state(folder: Path, what: Mapping[str, Any], keepers: Mapping[str, Keep
             keeper.load({key.removeprefix(f"{sae}/"): a for key, a in arrays.items() if key.startswith(f"{sae}/")})
         console.say(f"the pass goes on after batch {facts['done']:,}")
         return facts["done"], Reading(**facts["reading"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         console.warn(f"{path} is damaged ({error}); the pass starts anew")
         return None

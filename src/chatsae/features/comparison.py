@@ -5,7 +5,6 @@ given: of independent samples; of features paired by the rank of their density, 
 from frequent ones; and of runs paired by their seed, where there are several.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,9 +17,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from chatsae.errors import UserError
 from chatsae.features.judging import read_judgements
 from chatsae.features.scores import HIGH, difference, distribution, scores_of
+from chatsae.files import damaged, read_object
 from chatsae.runs import Run
 from chatsae.statistics import paired
 
@@ -129,13 +128,14 @@ def _densities(store: Path, judged: Mapping[str, Any]) -> np.ndarray | None:
     """The density of every feature; None where the store is not the one that was judged."""
     if not (store / "facts.json").is_file():
         return None
+    advice = "`chatsae features RUN --rebuild` makes it anew"
+    facts = read_object(store / "facts.json", advice, {"sae_sha256": str, "tokens_sha256": str})
     try:
-        facts = json.loads((store / "facts.json").read_text(encoding="utf-8"))
         if any(facts[key] != judged[key] for key in ("sae_sha256", "tokens_sha256")):
             return None
         return pq.read_table(store / "features.parquet", columns=["density"])["density"].to_numpy()
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise UserError(f"{store} is damaged ({error}); `chatsae features RUN --rebuild` makes it anew") from None
+        raise damaged(store, error, advice) from None
 
 
 def _method(label: str, group: Sequence[Judged]) -> dict[str, Any]:

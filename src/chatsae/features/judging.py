@@ -1,6 +1,5 @@
 """Judge the features of a run, and the judge beside them; results lie under RUN/judge/SAE."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from chatsae.features.session import Ask, RunFeatures
 from chatsae.features.store import FeatureStore
 from chatsae.features.text import TokenText
 from chatsae.features.verdict import Judge, Verdict
-from chatsae.files import write_json
+from chatsae.files import read_object, write_json
 
 SCHEMA_VERSION = 1
 
@@ -243,11 +242,8 @@ def read_judgements(run: Path, sae: str) -> list[dict[str, Any]]:
     """
     found = []
     for path in sorted((run / "judge" / sae).glob("*.json")):
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            version = facts["schema_version"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete it, `chatsae judge {run}` writes it anew") from None
+        facts = read_object(path, f"delete it, `chatsae judge {run}` writes it anew", {"schema_version": int})
+        version = facts["schema_version"]
         if version != SCHEMA_VERSION:
             raise UserError(f"{path} has schema {version}, this chatsae reads {SCHEMA_VERSION}; delete it")
         found.append(facts)

@@ -1,6 +1,5 @@
 """What is known about the features of an SAE, on disk: facts.json, two tables and the arrays of the pass."""
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from chatsae.errors import UserError
 from chatsae.features.keeper import PARTS
 from chatsae.features.records import Context, Feature
-from chatsae.files import write_json
+from chatsae.files import damaged, read_object, write_json
 
 SCHEMA_VERSION = 1
 
@@ -165,14 +164,14 @@ class FeatureStore:
         path = Path(path)
         if not (path / "facts.json").is_file():
             raise UserError(f"{path} holds no features (no facts.json); `chatsae features RUN` makes them")
+        advice = "`chatsae features RUN --rebuild` makes it anew"
+        facts = read_object(path / "facts.json", advice, {"schema_version": int})
+        if facts["schema_version"] != SCHEMA_VERSION:
+            raise UserError(
+                f"{path} was written with schema {facts['schema_version']}, this chatsae reads {SCHEMA_VERSION}; "
+                f"{advice}"
+            )
         try:
-            facts = json.loads((path / "facts.json").read_text(encoding="utf-8"))
-            version = facts["schema_version"]
-            if version != SCHEMA_VERSION:
-                raise UserError(
-                    f"{path} was written with schema {version}, this chatsae reads {SCHEMA_VERSION}; "
-                    "`chatsae features RUN --rebuild` makes it anew"
-                )
             return FeatureStore(
                 facts=facts,
                 table=pq.read_table(path / "features.parquet"),
@@ -180,7 +179,7 @@ class FeatureStore:
                 kept=load_file(path / "pass.safetensors"),
             )
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException, SafetensorError) as error:
-            raise UserError(f"{path} is damaged ({error}); `chatsae features RUN --rebuild` makes it anew") from None
+            raise damaged(path, error, advice) from None
 
 
 def fixed(values: np.ndarray, dtype: Any) -> pa.FixedSizeListArray:

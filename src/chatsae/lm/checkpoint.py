@@ -1,6 +1,5 @@
 """Where a model's files are and what they say, before any weight is read."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from chatsae.errors import UserError
+from chatsae.files import damaged, read_object
 from chatsae.lm.stacks import build, count_blocks, decoder_of, refuse_others, text_config
 
 _TIMEOUT = 10.0  # seconds for the one request that tells whether the hub answers
@@ -150,10 +150,10 @@ def check_shards(source: Source) -> None:
     if single.is_file():
         files = [single.name]
     elif index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index}: not a safetensors index: {one_line(error)}") from None
+        names = read_object(index, keys={"weight_map": dict})["weight_map"].values()
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise damaged(index, f"weight_map names {wrong[0]!r} as a file")
+        files = sorted(set(names))
     else:
         raise UserError(f"{directory}: no model.safetensors; weights are read from safetensors files only")
     for file in files:

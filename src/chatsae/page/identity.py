@@ -1,6 +1,5 @@
 """What a run is: the facts of its identity card, its training curves, and the commands that make it again."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,8 @@ from typing import Any
 
 from chatsae.config import sae_specs
 from chatsae.data.store.manifest import manifest_digest
+from chatsae.errors import UserError
+from chatsae.files import read_object
 from chatsae.page.pack import short
 from chatsae.runs import Run
 
@@ -94,10 +95,9 @@ def _rank(item: tuple[str, Any]) -> tuple[int, str]:
 def _json(path: Path) -> Mapping[str, Any]:
     """A file of facts, empty where it is missing or damaged: they are for reading only."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_object(path)
+    except UserError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _digest(run: Run) -> str | None:

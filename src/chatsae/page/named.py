@@ -3,7 +3,6 @@
 They lie under RUN/page, not RUN/features: the shares of scores are of features drawn at random, and these are not.
 """
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from chatsae.features.patterns.judge import PatternJudge
 from chatsae.features.records import Options
 from chatsae.features.session import RunFeatures
 from chatsae.features.store import FeatureStore
-from chatsae.files import write_json
+from chatsae.files import damaged, read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,12 @@ def stored_named(run: Path, store: FeatureStore) -> Named | None:
     own = FeatureStore.load(folder)
     if any(own.facts[key] != store.facts[key] for key in ("sae_sha256", "tokens_sha256")):
         return None
+    advice = f"delete {folder}, `chatsae report` writes it anew"
+    verdicts = read_json(folder / "verdicts.json", advice)
     try:
-        verdicts = json.loads((folder / "verdicts.json").read_text(encoding="utf-8"))
         return Named(own, {verdict["feature"]: verdict for verdict in verdicts})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} is damaged ({error}); delete it, `chatsae report` writes it anew") from None
+    except (KeyError, TypeError) as error:
+        raise damaged(folder / "verdicts.json", error, advice) from None
 
 
 def _made(session: RunFeatures, store: FeatureStore, features: list[int], contexts: int, judged: int) -> Named:

@@ -1,6 +1,5 @@
 """Norms and errors of some tokens of a run's dialogues: what the heat map and the scatter plot of the page show."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from chatsae.errors import UserError
 from chatsae.evals.groups import SINK_RATIO
 from chatsae.features.firings import digest
 from chatsae.features.session import RunFeatures
-from chatsae.files import write_json
+from chatsae.files import read_object, write_json
 from chatsae.sae.base import SAE
 
 SCHEMA_VERSION = 1
@@ -119,13 +118,11 @@ def _measure(run: RunFeatures, names: list[str], dialogues: int) -> Mapping[str,
 
 
 def _read(path: Path, sae: SAE) -> dict[str, Any] | None:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        same = facts["schema_version"] == SCHEMA_VERSION and facts["sae_sha256"] == digest(sae)
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, `chatsae report` writes it anew") from None
+    advice = "delete it, `chatsae report` writes it anew"
+    facts = read_object(path, advice, {"schema_version": int, "sae_sha256": str})
+    same = facts["schema_version"] == SCHEMA_VERSION and facts["sae_sha256"] == digest(sae)
     return facts if same else None
 
 

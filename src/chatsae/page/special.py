@@ -1,12 +1,12 @@
 """The features of the chat template's tokens: what `chatsae tokens` writes, as the page reads it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from chatsae import console
 from chatsae.errors import UserError
+from chatsae.files import damaged, read_object
 from chatsae.page.pack import short
 from chatsae.runs import Run
 from chatsae.steering.command import tokens_run
@@ -49,7 +49,7 @@ def _packed(facts: Mapping[str, Any], sae: str, path: Path) -> dict[str, Any]:
             "rows": rows
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, repr(error), _advice(path)) from None
 
 
 def _short(value: float | None) -> float | None:
@@ -57,16 +57,8 @@ def _short(value: float | None) -> float | None:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(facts["saes"], dict):
-            raise TypeError("saes is not a table")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from None
-    return facts
+    return read_object(path, _advice(path), {"saes": dict}) if path.exists() else None
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is damaged ({error!r}); delete it, `chatsae tokens {path.parent}` writes it anew")
+def _advice(path: Path) -> str:
+    return f"delete it, `chatsae tokens {path.parent}` writes it anew"

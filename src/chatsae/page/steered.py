@@ -1,10 +1,11 @@
 """What `chatsae steer` left in RUN/steer, as the page reads it: completions side by side, and sweeps of alpha."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from chatsae.errors import UserError
+from chatsae.files import read_object
 from chatsae.page.pack import short
 from chatsae.runs import Run
 
@@ -24,14 +25,14 @@ def steering(run: Run, sae: str) -> dict[str, Any]:
     tally: Counter[str] = Counter()
     for path in sorted((run.path / "steer").glob("*.json")):
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts = read_object(path)
             if facts["sae"] != sae:
                 continue
             if facts.get("kind") == "sweep":
                 sweeps.append(_sweep(facts))
             else:
                 examples.setdefault(str(int(facts["feature"])), []).append(_examples(facts))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        except (UserError, ValueError, KeyError, TypeError, AttributeError, IndexError):
             tally["steering files of another shape"] += 1
     return {"examples": examples, "sweeps": sweeps, "left_out": dict(tally)}
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from chatsae.config import SAESpec
 from chatsae.errors import UserError
+from chatsae.files import read_object
 from chatsae.sae.cfg import Cfg, spec_of
 
 CFG = "cfg.json"
@@ -216,17 +217,9 @@ def _not_negative(threshold: Tensor, cfg: Cfg, path: Path) -> Tensor:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} holds no {path.name}") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: a JSON object was expected, not {type(value).__name__}")
-    return value
+    if not path.exists():
+        raise UserError(f"{path.parent} holds no {path.name}")
+    return read_object(path)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -1,7 +1,6 @@
 """What to do to the residual stream, and where: one record, from Python or from a recipe file."""
 
 import difflib
-import json
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from chatsae.batch import Kind, Role
 from chatsae.errors import UserError
+from chatsae.files import parse_json
 from chatsae.sae.base import SAE
 from chatsae.steering.ops import OPS, Op
 
@@ -146,10 +146,10 @@ def load_specs(path: Path | str) -> tuple[SteerSpec, ...]:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-        data: Any = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        data: Any = parse_json(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"steering recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"steering recipe {path} is damaged: {' '.join(str(error).split())}") from None
     if isinstance(data, dict) and set(data) == {"steering"}:
         data = data["steering"]

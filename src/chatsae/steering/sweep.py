@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chatsae import console
 from chatsae.errors import UserError
-from chatsae.files import write_text
+from chatsae.files import read_object, write_text
 from chatsae.lm.load import LanguageModel
 from chatsae.sae.base import SAE
 from chatsae.steering.generate import Completion, generate
@@ -183,7 +183,7 @@ class Kept:
         if not file.exists():
             return
         try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
+            facts = read_object(file)
             if facts["made_with"] != self.made_with:
                 changed = [k for k, v in self.made_with.items() if facts["made_with"].get(k) != v]
                 console.say(f"{file} has answers of another sweep ({', '.join(changed)}); they are not used")
@@ -193,7 +193,7 @@ class Kept:
                 self.answers[job] = {name: row[name] for name in _ANSWER}
             for step in facts.get("strengths", ()):
                 self.effects[step["alpha"]] = {name: step[name] for name in ("kl", "log_ratio")}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
             console.warn(f"{file} is damaged ({error}); its answers are written anew")
 
     def add(self, todo: Sequence[Job], answers: Sequence[dict[str, Any]]) -> None:

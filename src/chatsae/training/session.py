@@ -1,6 +1,5 @@
 """Train a recipe in a run directory: load, harvest, mix, train, save."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from chatsae.config import RunConfig, SAESpec, sae_specs
 from chatsae.data.store.manifest import changes, manifest_digest
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
-from chatsae.files import write_json
+from chatsae.files import read_object, write_json
 from chatsae.lm.load import LanguageModel, load_model
 from chatsae.runs import Run
 from chatsae.sae.grid import build_grid
@@ -99,10 +98,7 @@ def _remembered(
     path = run.path / name
     before = None
     if resumes and path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}); delete the run directory to begin again") from None
+        before = read_object(path, "delete the run directory to begin again")
     facts = find(before)
     changed = changes(before, facts) if before is not None else []
     if changed:
@@ -154,11 +150,10 @@ def _finished(run: Run) -> Summary | None:
     path = run.path / "summary.json"
     if not path.exists():
         return None
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        return Summary(**{field.name: facts[field.name] for field in fields(Summary)})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it to train this run again") from None
+    advice = "delete it to train this run again"
+    kinds = {"ending": str, "steps": int, "tokens": int, "seconds": float, "tokens_per_second": float, "shares": dict}
+    facts = read_object(path, advice, kinds)
+    return Summary(**{field.name: facts[field.name] for field in fields(Summary)})
 
 
 def _metadata(config: RunConfig, spec: SAESpec, lm: LanguageModel, manifest_sha256: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from chatsae.data.render import template_facts
 from chatsae.data.sources import Source
 from chatsae.data.template import DATE
 from chatsae.errors import UserError
-from chatsae.files import sha256
+from chatsae.files import read_object, sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -129,11 +129,9 @@ class Manifest:
         if not path.is_file():
             what = "is not prepared to the end" if (directory / "state").is_dir() else "holds no prepared data"
             raise UserError(f"{directory} {what} (no {MANIFEST}); run chatsae prepare")
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-            found = facts["recipe"]["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged ({error}); delete {directory} and prepare the data again") from None
+        advice = f"delete {directory} and prepare the data again"
+        facts = read_object(path, advice, {"recipe": dict, "splits": dict})
+        found = facts["recipe"].get("format")
         if found != FORMAT:
             raise UserError(f"{path} has format {found}, this version reads {FORMAT}; prepare the data again")
         return cls(facts, sha256(path))

@@ -26,7 +26,7 @@ from chatsae.data.store.shards import Shard, check_file
 from chatsae.data.store.writing import Writing, resume_of, scratch_files, write_hashes
 from chatsae.data.template import special_text
 from chatsae.errors import UserError
-from chatsae.files import Lock, write_json, write_text
+from chatsae.files import Lock, read_json, read_object, write_json, write_text
 
 Engine = Literal["local", "spark"]
 
@@ -87,11 +87,7 @@ def _before(out: Path) -> dict[str, Any]:
     path = out / "state" / _STATE
     if not path.exists():
         return {}
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        return {"recipe": state["recipe"], **state}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); delete {out} and prepare the data again") from None
+    return read_object(path, f"delete {out} and prepare the data again", {"recipe": dict})
 
 
 def _recipe(
@@ -206,7 +202,7 @@ class _Preparation:
         if state is None and engine == "spark":
             from chatsae.data.spark import shared_hashes
 
-            if not of.exists() or json.loads(of.read_text(encoding="utf-8")) != self._recipe:
+            if not of.exists() or read_json(of, "delete it") != self._recipe:
                 write_hashes(path, shared_hashes(sources, config, special))
                 write_json(of, self._recipe)
         elif state is None or not state["shared"]:

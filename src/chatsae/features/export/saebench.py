@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from chatsae.errors import UserError
+from chatsae.files import damaged, read_object
 
 SCHEMA = 2
 """Of report.json; the latest that is read."""
@@ -95,16 +96,12 @@ def read_report(path: Path) -> dict[str, Any]:
         UserError: it is missing, damaged, or of a later version.
     """
     anew = f"`chatsae eval {path.parent}` writes it"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        version = report.get("schema", 0)
-        whole = isinstance(report["facts"], dict) and all(isinstance(row, dict) for row in report["saes"].values())
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; {anew}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); {anew} anew") from None
-    if not whole:
-        raise UserError(f"{path} is damaged (facts and saes must hold objects); {anew} anew")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; {anew}")
+    report = read_object(path, f"{anew} anew", {"facts": dict, "saes": dict})
+    if not all(isinstance(row, dict) for row in report["saes"].values()):
+        raise damaged(path, "saes must hold objects", f"{anew} anew")
+    version = report.get("schema", 0)
     if version not in range(SCHEMA + 1):
         raise UserError(f"{path}: schema is {version!r}; this chatsae reads up to {SCHEMA}; {anew} anew")
     return report

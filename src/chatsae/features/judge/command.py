@@ -1,6 +1,5 @@
 """`chatsae judge`: the judge that was asked for, what it would cost, and what it finds."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,7 +30,7 @@ from chatsae.features.records import Context
 from chatsae.features.score_tables import comparison_table, judgement_table
 from chatsae.features.session import Ask, RunFeatures
 from chatsae.features.verdict import Judge, Verdict
-from chatsae.files import Lock
+from chatsae.files import Lock, parse_json
 from chatsae.runs import Run
 
 PAPER_FEATURES = 128
@@ -131,7 +130,7 @@ class Options:
             UserError: --params is no JSON object.
         """
         try:
-            given = json.loads(self.params)
+            given = parse_json(self.params)
         except ValueError:
             given = None
         if not isinstance(given, dict) or {"model", "messages"} & set(given):
