@@ -195,10 +195,10 @@ def test_the_goals_are_those_of_the_case():
 
     assert goals() == goals(architecture="jumprelu") == goals(l0=16) == [">= 4", ">= 4", ">= 2"]
     assert goals(d_in=896) == [">= 6", ">= 6", ">= 2"]
-    assert goals(batch_size=1024) == goals(batch_size=4096, architecture="jumprelu") == [">= 6"]
-    assert goals(l0="dense") == goals(l0="dense", batch_size=1024) == [">= 2"]
-    assert goals(l0=256) == goals(d_in=512) == goals(l0="dense", architecture="jumprelu") == []
-    assert goals(clock="device") == []
+    assert goals(batch_size=1024) == goals(batch_size=4096, architecture="jumprelu") == [">= 1", ">= 6"]
+    assert goals(l0="dense") == goals(l0="dense", batch_size=1024) == [">= 1", ">= 2"]
+    assert goals(l0=256) == goals(d_in=512) == goals(l0="dense", architecture="jumprelu") == [">= 1"]
+    assert goals(clock="device") == goals(d_in=64) == goals(d_in=512, batch_size=64) == []
 
 
 @pytest.mark.parametrize(("goal", "code", "said"), [(1e9, 1, "NO"), (0.0, 0, "yes")])

@@ -105,9 +105,8 @@ def test_switching_back_and_forth_changes_nothing(architecture, form, apply_b_de
 @pytest.mark.parametrize("form", ["paper", "v6"])
 @pytest.mark.parametrize("name", ["W_enc", "W_dec"])
 @pytest.mark.parametrize("replaced", [False, True])
-def test_weights_that_others_change_between_steps_are_read_again(form, name, replaced, monkeypatch):
-    """The step keeps norms of the decoder's rows and a narrow copy of the encoder beside the weights."""
-    monkeypatch.setattr(pairs, "_SCREENED", 1.0)
+def test_weights_that_others_change_between_steps_are_read_again(form, name, replaced):
+    """The step keeps norms of the decoder's rows beside the weights."""
     like = {"d_in": 64, "dtype": torch.float32, "shift": -1.0 if form == "paper" else -0.2}
     plain, fast = (fresh("standard", form, True, step=step, **like) for step in ("plain", "fast"))
     for k in range(0, 15, 3):
@@ -127,7 +126,6 @@ def test_weights_that_others_change_between_steps_are_read_again(form, name, rep
 
 @pytest.mark.parametrize("form", ["paper", "v6"])
 def test_dense_steps_leave_nothing_stale_to_the_sparse_ones(form, monkeypatch):
-    monkeypatch.setattr(pairs, "_SCREENED", 1.0)
     like = {"d_in": 64, "dtype": torch.float32, "shift": -1.0 if form == "paper" else -0.2}
     plain, both = (fresh("standard", form, True, step=step, **like) for step in ("plain", "auto"))
     for k in range(0, 60, 10):

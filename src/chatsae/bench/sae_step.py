@@ -42,6 +42,7 @@ SPARSE = 64  # features active on a token, at most, for the goals of the sparse 
 OVER_LIBRARIES = {256: 4.0, 896: 6.0}  # sae_lens and dictionary_learning at batch size 128, by d_in
 OVER_SIMPLE = 2.0  # the best of the plain PyTorch steps, at batch size 128
 OVER_SAE_LENS_LARGE = 6.0  # at batch sizes of 1,024 and more
+NEVER_SLOWER = 1.0  # than the best of the plain PyTorch steps, in any case of some size
 OVER_SAE_LENS_DENSE = 2.0  # standard SAEs of which half of the features are active
 
 HOW = "no interpreter with the peers: `make .venv-peers/.done` sets one up in .venv-peers, --peer PATH names another"
@@ -101,14 +102,16 @@ _ASKED = {
 
 def _goals(row: Mapping[str, Any]) -> dict[str, float]:
     """The goals of a case, by whom they are against."""
+    large = row["batch_size"] >= 128 and row["d_in"] >= 256
+    goals = {_BEST_SIMPLE: NEVER_SLOWER} if large else {}
     if row["l0"] == "dense":
-        return {SAE_LENS: OVER_SAE_LENS_DENSE} if row["architecture"] == "standard" else {}
+        return goals | ({SAE_LENS: OVER_SAE_LENS_DENSE} if row["architecture"] == "standard" else {})
     if row["l0"] > SPARSE:
-        return {}
+        return goals
     if row["batch_size"] >= 1024:
-        return {SAE_LENS: OVER_SAE_LENS_LARGE}
+        return goals | {SAE_LENS: OVER_SAE_LENS_LARGE}
     if row["batch_size"] != 128 or row["d_in"] not in OVER_LIBRARIES:
-        return {}
+        return goals
     goal = OVER_LIBRARIES[row["d_in"]]
     return {SAE_LENS: goal, DICTIONARY_LEARNING: goal, _BEST_SIMPLE: OVER_SIMPLE}
 

@@ -17,22 +17,18 @@ StepKind = Literal["auto", "plain", "fast"]
 CROSSOVER = 0.11
 """Share of (token, feature) pairs that are active from which the dense step may be the faster one.
 
-Measured on a CPU with AVX-512 and AMX, whose tiles the dense step used or did not: 9 and 12 % at 256 x 2048 with 128
-tokens, 12 and 18 % with 1,024, 7 and 10 % with 4,096; 7.5 and 11 % at 896 x 7168 with 128 tokens, 7 % with 1,024 and
-tiles.
+Measured on a CPU with AVX-512: 12 % at 256 x 2048 with 128 tokens, 18 % with 1,024, 10 % with 4,096; 11 % at 896 x 7168
+with 128 tokens.
 """
-_ON_TILES = 0.7
-"""The share of it that is left where the products of the dense step run on tiles."""
 _MANY, _CACHED, _MANY_FACTOR = 512, 2**19, 1.5
 """More tokens than this, up to so many numbers in their vectors, with which the sparse step pays that much further:
 what it does per feature is for more of them, and their vectors still lie in the cache."""
 _HYSTERESIS = 0.8
 
 
-def crossover(n: int, d_in: int, *, tiles: bool) -> float:
-    """That of a batch of n tokens; tiles: whether the products of its dense step run on tiles."""
-    many = n > _MANY and n * d_in <= _CACHED
-    return CROSSOVER * (_ON_TILES if tiles else 1) * (_MANY_FACTOR if many else 1)
+def crossover(n: int, d_in: int) -> float:
+    """That of a batch of n tokens."""
+    return CROSSOVER * (_MANY_FACTOR if n > _MANY and n * d_in <= _CACHED else 1)
 
 
 @runtime_checkable
@@ -46,8 +42,6 @@ class _Fast(Protocol):
     ) -> tuple[Losses, float]: ...
 
     def count(self, *counts: Tensor) -> None: ...
-
-    def tiles(self, n: int) -> bool: ...
 
 
 @runtime_checkable
@@ -85,7 +79,7 @@ class Switch:
     ) -> Losses:
         """One step: the sparse one, or the dense one, which measures the density for the next."""
         numbers = {"lr": lr, "sparsity_scale": sparsity_scale, "clip_grad_norm": clip_grad_norm}
-        limit = crossover(*x.shape, tiles=self.fast.tiles(len(x)))
+        limit = crossover(*x.shape)
         if self.always or not self.dense:
             losses = self.fast(x, limit=1.0 if self.always else limit, **numbers)
             self.dense = losses is None

@@ -14,8 +14,7 @@ from chatsae.sae import kernels_dense, kernels_sums
 from chatsae.sae.arrays import Vectors, Weights, losses_of
 from chatsae.sae.base import Losses
 from chatsae.sae.crew import share
-from chatsae.sae.products import product
-from chatsae.sae.workspace import Array, both, space
+from chatsae.sae.workspace import Array, both, product, space
 
 _MOST = 1024
 """Tokens of a batch that are taken at once: more need memory and gain nothing (docs/log.md)."""

@@ -7,21 +7,12 @@ import torch
 
 from chatsae.sae import kernels_pairs
 from chatsae.sae.crew import share
-from chatsae.sae.instructions import CONFIG
-from chatsae.sae.products import NARROW_RATE, SIDE, product, tiles
-from chatsae.sae.workspace import Array, grown, space
+from chatsae.sae.workspace import Array, grown, product, space
 
 _BLOCK, _PAIRS = 2**23, 2**20
 """Weights and pairs per block of features at the most."""
 _LEAST = 256
 """Features per block at the least, so that the products stay efficient."""
-_SCREENED = 0.1
-"""Share of all pairs, behind the screen, up to which exact products for them alone are the faster way. Of all, and not
-of what a thread has seen: the ways round differently, and the number of threads must change no bit."""
-_FIRST_ROOM = 0.02
-"""Share of the pairs behind the screen for which there is room at first."""
-_CACHED = 2**17
-"""Numbers of the rows that are screened at a time."""
 
 
 @dataclass
@@ -68,20 +59,10 @@ class Pairs:
 
 
 def find(x: Array, rows: Array, act: Activation, *, limit: float, room: int) -> Pairs | None:
-    """The pairs of inputs x [N, D] and an encoder by feature [F, D]; None when they are more than `limit` of all.
-
-    Every activation is a product in the dtype of x; the screen only leaves out what cannot be active.
-    """
+    """The pairs of inputs x [N, D] and an encoder by feature [F, D]; None when they are more than `limit` of all."""
     search = _Search(x, rows, act)
-    if not (screens(len(x), rows) and search.screened()):
-        search.all(limit)
+    search.all(limit)
     return search.by_token(room) if search.total <= limit * len(x) * len(rows) else None
-
-
-def screens(n: int, rows: Array) -> bool:
-    """Whether products in bfloat16 leave pairs out before the exact ones are made."""
-    F, d = rows.shape
-    return rows.dtype == np.float32 and min(n, F, d) >= SIDE and F % SIDE == d % SIDE == 0 and tiles()
 
 
 class _Search:
@@ -113,44 +94,6 @@ class _Search:
             self.total += kernels_pairs.found(begin, end)
             if self.total > limit * n * F:
                 return
-
-    def screened(self) -> bool:
-        """By products in bfloat16, and exact ones of what passes; False, and nothing, where too many pass.
-
-        With vectors x', w' in bfloat16, |x w - x' w'| is at most ‖x - x'‖ ‖w‖ + ‖x'‖ ‖w - w'‖. Sums in float32 add
-        D · 2⁻²⁴ each.
-        """
-        (n, d), F, parts = self.x.shape, len(self.rows), torch.get_num_threads()
-        whole, some = n + -n % SIDE, max(_CACHED // d // SIDE, 1) * SIDE
-        bits, norms = space("narrow_x", (whole, d), np.uint16), space("narrow_x_norms", (2, n), self.dtype)
-        kernels_pairs.narrow(0, n, self.x, bits, norms)
-        bits[n:] = 0
-        packed = space("narrow_packed", (whole, d), np.uint16)
-        kernels_pairs.pack(bits, packed)
-        above = np.float32(1.01)  # the norms are sums in float32
-        bounds = above * np.stack((norms[1] + np.float32(d * 2.0**-22) * norms[0], norms[0] + norms[1]))
-        flags, (reached, passed) = space("narrow_flags", (parts, some, whole), np.uint8), np.empty((2, parts), np.int64)
-        rooms = (
-            space("narrow_rows", (parts, some, d), np.uint16),
-            space("narrow_norms", (parts, 2, some), self.dtype),
-            space("narrow_z", (parts, SIDE, whole), self.dtype),
-            *(flags, flags.view(np.uint64), reached, passed),
-        )
-        act = self.act.b_enc, self.low, self.act.theta, *self.band
-        head = (parts, CONFIG.ctypes.data, self.x, packed, bounds, self.rows, *act, self.begin, self.end)
-        share_of_pairs, most = _FIRST_ROOM, int(_SCREENED * n * F)
-        ends = [SIDE * (F // SIDE * (part + 1) // parts) for part in range(parts)]
-        while True:
-            self._make_lists(int(share_of_pairs * n * F) + kernels_pairs.FREE * (F + parts), 0)
-            room = min(array.size for array in self._lists) // parts
-            args = (*head, *self._lists, room, most, *rooms)
-            share(kernels_pairs.search, parts, n * F * d // NARROW_RATE, *args)
-            if passed.sum() > most:
-                return False
-            if (reached == ends).all():
-                self.total = kernels_pairs.found(self.begin, self.end)
-                return True
-            share_of_pairs *= 2
 
     def _make_lists(self, size: int, used: int) -> None:
         """Lists for so many pairs, the first `used` of which stay."""

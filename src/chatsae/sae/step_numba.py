@@ -20,8 +20,7 @@ from chatsae.sae.arrays import Vectors, Weights, by_feature, losses_of
 from chatsae.sae.base import SAE, Losses
 from chatsae.sae.crew import share
 from chatsae.sae.pairs import Pairs, find
-from chatsae.sae.products import fits_tiles, product
-from chatsae.sae.workspace import Array, moved, release, space
+from chatsae.sae.workspace import Array, moved, product, release, space
 
 _PARTS = 16  # of the sum for b_dec: fixed, so that threads change no bit
 _GRAM = 512
@@ -106,10 +105,6 @@ class FastStep:
             share(kernels.adam_dense, len(found.W_dec), 16 * found.W_dec.size, *args)
             self.move(found.vectors, numbers)
         return found.losses, found.density
-
-    def tiles(self, n: int) -> bool:
-        """Whether the products of a dense step on n tokens run on tiles."""
-        return fits_tiles(self.sae.W_enc.dtype, *self.sae.W_enc.shape, n)
 
     def count(self, *counts: Tensor) -> None:
         """See `kernels_sums.count`."""

@@ -57,6 +57,22 @@ def both(name: str, shape: tuple[int, int], dtype: Any, padded: bool = False) ->
     return found[1], found[2]
 
 
+def product(
+    name: str, a: Tensor, b: Tensor, dtype: Any, *, padded: bool = False, add: Tensor | None = None
+) -> tuple[Array, Tensor]:
+    """a @ b in the work space, as an array and as a tensor (see `both`); with `add`, add + a @ b in its place.
+
+    torch.mm is the only route. On an AMD CPU with AVX2, oneDNN's product through torch was at most 7 % faster and up to
+    2.2 times slower, and with padded rows it falls back to a reference loop, a thousand times slower
+    (docs/log.md); on Intel it was slower throughout.
+    """
+    if add is not None:
+        return add.numpy(), torch.addmm(add, a, b, out=add)
+    array, out = both(name, (a.shape[0], b.shape[1]), dtype, padded)
+    torch.mm(a, b, out=out)
+    return array, out
+
+
 def grown(name: str, size: int, used: int, dtype: Any) -> Array:
     """`space` that keeps its first `used` elements."""
     before = _spaces.arrays.get((name, dtype))
