@@ -1,27 +1,18 @@
 import subprocess
 import sys
-import time
 
 import pytest
 
 from chatsae.cli import main
 
 
-def best_seconds(code: list[str], repeats: int = 5) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, *code], check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def test_help_answers_in_under_0_3_seconds():
-    assert best_seconds(["-m", "chatsae.cli", "--help"]) < 0.3
-
-
-def test_the_import_costs_under_0_15_seconds():
-    assert best_seconds(["-c", "import chatsae as cs"]) - best_seconds(["-c", "pass"]) < 0.15
+@pytest.mark.parametrize("code", ["import chatsae", "from chatsae.cli import main; assert main(['--help']) == 0"])
+def test_help_and_import_load_nothing_that_takes_long(code):
+    """What they cost is what they import. The seconds depend on the machine: 0.2 for the help on an idle one."""
+    heavy = "{'torch', 'transformers', 'datasets', 'numpy', 'numba', 'tyro', 'rich', 'yaml', 'jinja2'}"
+    code = f"{code}; import sys; found = {heavy} & {{*sys.modules}}; assert not found, found"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_verb_prints_the_help_and_wrong_verbs_are_told_the_right_ones(capsys):

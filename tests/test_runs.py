@@ -52,7 +52,7 @@ def _elsewhere(function, path) -> str:
     queue = context.Queue()
     process = context.Process(target=function, args=(path, queue))
     process.start()
-    said = queue.get(timeout=60)
+    said = queue.get(timeout=600)
     process.join()
     return said
 

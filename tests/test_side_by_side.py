@@ -25,7 +25,7 @@ def four_threads():
 
 
 def test_all_are_called_at_once_on_an_equal_part_of_the_threads(four_threads):
-    met = threading.Barrier(2, timeout=20)
+    met = threading.Barrier(2, timeout=300)
 
     def call(item):
         met.wait()

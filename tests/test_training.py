@@ -385,7 +385,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(world, tmp_path, overlap):
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") > 2):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    _, text = process.communicate(timeout=60)
+    _, text = process.communicate(timeout=600)
     assert process.returncode == 130, text
     assert "the same command goes on where it stopped" in text
     assert "Traceback" not in text
