@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# One thread per worker: two threads that share two cores with another worker mostly wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --durations 15
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check fix bench docs tiny-chat report-images results parity end-to-end fuzz models steering audit synthetic clean
+.PHONY: help demo test test-quick test-busy newest check fix bench docs tiny-chat report-images results parity end-to-end fuzz models steering audit synthetic clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -14,7 +16,18 @@ demo: $(VENV)/.run ## train FAST, BT(F) and BT(P) SAEs on the bundled chat model
 	$(BIN)/chatsae demo
 
 test: $(VENV)/.dev ## run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-quick: $(VENV)/.dev ## the tests without the slow ones: Spark, browser, kills, benches, whole trainings
+	$(PYTEST) -m "not slow"
+
+test-busy: $(VENV)/.dev ## the tests beside four busy processes, which end with them
+	@trap 'kill $$pids' EXIT; \
+	for i in 1 2 3 4; do timeout 7200 sh -c 'while :; do :; done' & pids="$$pids $$!"; done; \
+	$(PYTEST)
+
+newest: .venv-newest/.done ## the tests on the newest releases within the ranges of pyproject.toml, torch apart
+	$(subst $(BIN),.venv-newest/bin,$(PYTEST))
 
 check: $(VENV)/.dev ## lint, format, types, generated docs
 	$(BIN)/ruff check .
@@ -68,7 +81,7 @@ parity: .venv-parity/.done ## compare step for step with the installed sae_lens,
 	PYTHONPATH=src:tests .venv-parity/bin/python -m pytest -c tests/parity/pytest.ini -p no:cacheprovider tests/parity
 
 clean: ## remove the virtual environments
-	rm -rf $(VENV) .venv-parity .venv-peers
+	rm -rf $(VENV) .venv-newest .venv-parity .venv-peers
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -81,6 +94,13 @@ $(VENV)/.run: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+.venv-newest/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-newest
+	grep -E '^(torch|triton)==' constraints.txt > .venv-newest/constraints.txt
+	.venv-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager \
+		--constraint .venv-newest/constraints.txt --editable '.[dev]'
 	@touch $@
 
 .venv-parity/.done: tests/parity/requirements.txt tests/parity/requirements-vectors.txt
