@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -49,9 +48,7 @@ def test_the_readme_example_runs_and_is_short(tmp_path, monkeypatch, capsys):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
     monkeypatch.chdir(tmp_path)
-    start = time.monotonic()
     exec(compile(code, "README.md", "exec"), {})
-    assert time.monotonic() - start < 120
     out = capsys.readouterr().out
     assert "explained" in out
     assert (tmp_path / "runs").exists()
