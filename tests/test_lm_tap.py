@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from chatsae.errors import UserError
 from chatsae.lm.harvest import forward
 from chatsae.lm.load import LanguageModel
-from chatsae.lm.tap import check_blocks, find_blocks, read_residuals, splice
+from chatsae.lm.tap import (
+    cache_argument,
+    cache_given,
+    cache_of,
+    check_blocks,
+    find_blocks,
+    read_residuals,
+    splice,
+    tokens_in,
+)
 from tiny_models import DECODERS, random_tokens, tiny_model, tiny_tokenizer
 
 
@@ -150,6 +159,24 @@ def test_splicing_acts_on_generation_and_on_a_model_loaded_without_head(lm: Lang
         with splice(model, 2, lambda x: x + noise):
             assert model.chat("Hi", max_new_tokens=8) != plain
         assert model.chat("Hi", max_new_tokens=8) == plain
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma3", "mamba"])
+def test_a_cache_is_given_and_taken_under_the_name_that_this_transformers_has(tmp_path: Path, family: str) -> None:
+    model = LanguageModel(tiny_model(tmp_path, family), [1], head=True).model
+    ids = random_tokens([9, 9]).padded()
+    with torch.inference_mode():
+        cache = cache_of(model(input_ids=ids[:, :-1], use_cache=True))
+        if family == "mamba":  # a state that does not say how many tokens it is of
+            assert cache is None
+            return
+        assert tokens_in(cache) == 8
+        given = cache_argument(model, cache)
+        assert cache_given({"input_ids": ids, **given}) is cache
+        last = model(input_ids=ids[:, -1:], **given).logits[:, -1]
+        assert torch.allclose(last, model(input_ids=ids, use_cache=False).logits[:, -1], atol=1e-5)
+    assert tokens_in(cache) == 9
+    assert cache_of(object()) is cache_given({}) is None
 
 
 def test_what_is_no_residual_stream_is_refused(lm: LanguageModel) -> None:

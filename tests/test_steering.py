@@ -14,6 +14,7 @@ from chatsae.batch import Dialogue, Kind, Message, Role
 from chatsae.data.render import render
 from chatsae.errors import UserError
 from chatsae.lm.load import LanguageModel
+from chatsae.lm.tap import cache_argument, cache_of
 from chatsae.steering import ops
 from chatsae.steering.attach import attach
 from chatsae.steering.generate import generate
@@ -298,9 +299,9 @@ def test_forwards_that_cannot_be_placed_are_refused(tiny: LanguageModel, capsys:
     ids = torch.arange(8)[None]
     mask = torch.tensor([[1, 1, 1, 1, 1, 1, 0, 0]])
     phased = spec(tiny, where=Where(phase="generated"))
-    cache = tiny.model(input_ids=ids, use_cache=True).past_key_values
+    cache = cache_argument(tiny.model, cache_of(tiny.model(input_ids=ids, use_cache=True)))
     with attach(tiny, [phased], test=False), pytest.raises(UserError, match="goes on from a cache"):
-        tiny.model(input_ids=ids[:, -1:], past_key_values=cache)
+        tiny.model(input_ids=ids[:, -1:], **cache)
     with attach(tiny, [phased], test=False), pytest.raises(UserError, match="padded on the left"):
         tiny.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=1)
     with attach(tiny, [phased], test=False), pytest.raises(UserError, match="needs the attention_mask"):

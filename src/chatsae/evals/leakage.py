@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 
 from chatsae.batch import TokenBatch
 from chatsae.errors import UserError
-from chatsae.lm.tap import FORWARD_ERRORS, Decoder
+from chatsae.lm.tap import FORWARD_ERRORS, Decoder, cache_argument, cache_of
 
 _WEIGHTS = 2**28  # bytes of the attention weights of one layer at a time
 
@@ -177,8 +177,8 @@ def _read(lm: Decoder, ids: Int[Tensor, "1 T"], max_bytes: int) -> None:
         return
     cache: Any = None
     for piece in ids.split(size, dim=1):
-        output = lm.decoder(input_ids=piece, past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
+        output = lm.decoder(input_ids=piece, **cache_argument(lm.decoder, cache), use_cache=True)
+        cache = cache_of(output)
         if cache is None:
             raise ValueError("it keeps no cache of keys, so that a block must be read whole; raise max_bytes")
 

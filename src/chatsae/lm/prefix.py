@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
 from chatsae.batch import TokenBatch
-from chatsae.lm.tap import Decoder, read_residuals
+from chatsae.lm.tap import Decoder, cache_argument, read_residuals
 
 LEAST_SHARE = 0.1
 """Share of a batch's tokens from which on a cached prefix pays: measured gains follow the tokens saved down to about
@@ -69,7 +69,7 @@ def _past(decoder: nn.Module, cache: Cache) -> Iterator[None]:
     """Let the next forward go on where the cache ends, and leave its keys and values there."""
 
     def with_cache(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, kwargs | {"past_key_values": cache}
+        return args, kwargs | cache_argument(module, cache)
 
     handle = decoder.register_forward_pre_hook(with_cache, with_kwargs=True)
     try:

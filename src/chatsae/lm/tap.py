@@ -1,6 +1,7 @@
 """Read the residual stream after chosen blocks, stop there, or put something else in its place."""
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,6 +61,30 @@ def find_blocks(decoder: nn.Module, n_layers: int, layer_path: str | None = None
         raise UserError(f"{type(decoder).__name__}: no list of {n_layers} decoder blocks {where}")
     _, path, blocks = min(found, key=lambda entry: entry[:2])
     return path, blocks
+
+
+def cache_argument(module: nn.Module, cache: Any) -> dict[str, Any]:
+    """A cache under the name that the module's forward gives it: transformers has called it `cache` since 5.24."""
+    return {"cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values": cache}
+
+
+def cache_given(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a forward's arguments, under either name; None where there is none."""
+    return arguments.get("cache", arguments.get("past_key_values"))
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model puts out, under either name; None where it keeps none that counts its tokens."""
+    cache = output.cache if hasattr(output, "cache") else getattr(output, "past_key_values", None)
+    return None if tokens_in(cache) is None else cache
+
+
+def tokens_in(cache: Any) -> int | None:
+    """The tokens in a cache; None where there is no cache, or it does not count them (states in place of keys)."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):
+        return None
 
 
 def read_residuals(lm: Decoder, input_ids: Int[Tensor, "B T"]) -> list[Float[Tensor, "B T D"]]:

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from chatsae import console
 from chatsae.lm.load import LanguageModel
+from chatsae.lm.tap import cache_argument, cache_of
 from chatsae.serve.answer import Answer
 from chatsae.serve.errors import ApiError
 from chatsae.serve.sampling import choose, greedy
@@ -162,9 +163,9 @@ class Rows:
         if "logits_to_keep" in self._takes:
             given["logits_to_keep"] = 1
         if cache is not None:
-            given["past_key_values"] = cache
+            given |= cache_argument(self.full.model, cache)
         out = self.full.model(**given, use_cache=use_cache)
-        return out.logits[:, -1], getattr(out, "past_key_values", None)
+        return out.logits[:, -1], cache_of(out)
 
     def _choose(self, answers: Sequence[Answer], logits: Float[Tensor, "B V"] | None) -> list[tuple[Answer, int]]:
         """A token for each answer; -1: it has failed."""

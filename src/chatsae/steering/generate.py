@@ -11,6 +11,7 @@ from torch import Tensor
 
 from chatsae.errors import UserError
 from chatsae.lm.load import LanguageModel
+from chatsae.lm.tap import cache_argument, cache_of
 from chatsae.steering.attach import attach
 from chatsae.steering.guard import Guard, GuardEvent, Watch
 from chatsae.steering.hooks import Steering, model_inputs
@@ -137,10 +138,10 @@ class _Loop:
         if "logits_to_keep" in self._takes:
             given["logits_to_keep"] = 1
         if self._cache is not None:
-            given["past_key_values"] = self._cache
+            given |= cache_argument(self._full.model, self._cache)
         out = self._full.model(**given, use_cache=self._use_cache)
         if self._use_cache:
-            self._cache = getattr(out, "past_key_values", None)  # None: every forward reads all tokens
+            self._cache = cache_of(out)  # None: every forward reads all tokens
         return out.logits[:, -1]
 
     def _append(self, tokens: Tensor) -> None:

@@ -15,7 +15,7 @@ from chatsae import console
 from chatsae.data.template import control_ids
 from chatsae.errors import UserError
 from chatsae.lm.load import LanguageModel
-from chatsae.lm.tap import splice
+from chatsae.lm.tap import cache_given, splice, tokens_in
 from chatsae.steering import ops
 from chatsae.steering.masks import Known, Seen, Special, acting, needs_labels, needs_prompt
 from chatsae.steering.rows import Row, row_of_ids
@@ -177,7 +177,7 @@ class Steering:
 
     def _seen(self, ids: Tensor | None, shape: torch.Size, given: dict[str, Any]) -> tuple[Seen, Known]:
         """The tokens of a forward by absolute position, and what is known about their rows."""
-        past = _past(given.get("past_key_values"))
+        past = _past(cache_given(given))
         columns = past + torch.arange(shape[1])[None].expand(shape)
         if self._known is not None:
             self._advance(past, shape)
@@ -284,9 +284,10 @@ def _past(cache: Any) -> int:
     """Tokens in a cache."""
     if cache is None:
         return 0
-    if not hasattr(cache, "get_seq_length"):
+    tokens = tokens_in(cache)
+    if tokens is None:
         raise UserError(f"steering: a cache of type {type(cache).__name__} does not say how many tokens it holds")
-    return int(cache.get_seq_length())
+    return tokens
 
 
 def _masked(mask: Tensor, columns: Tensor, past: int) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from chatsae.errors import UserError
 from chatsae.lm.harvest import ISOLATION_TOLERANCE, relative_error
 from chatsae.lm.load import LanguageModel
-from chatsae.lm.tap import FORWARD_ERRORS, splice
+from chatsae.lm.tap import FORWARD_ERRORS, cache_argument, cache_of, splice
 from chatsae.steering.hooks import Steering
 from chatsae.steering.spec import SteerSpec
 
@@ -74,11 +74,12 @@ def _clean(full: LanguageModel, ids: Tensor, layers: Sequence[int]) -> tuple[Ten
 def _cached(full: LanguageModel, ids: Tensor) -> Tensor | None:
     """Logits at the last token, read after the others; None where the model keeps no such cache."""
     first = full.model(input_ids=ids[:, :-1], use_cache=True)
-    cache = getattr(first, "past_key_values", None)
+    cache = cache_of(first)
     if cache is None:
         return None
     try:
-        return full.model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits[:, -1]
+        given = cache_argument(full.model, cache)
+        return full.model(input_ids=ids[:, -1:], **given, use_cache=True).logits[:, -1]
     except FORWARD_ERRORS:
         return None
 
