@@ -200,6 +200,8 @@ def test_names_of_sae_lens_2(tmp_path):
         ("blocks.9.hook_resid_pre", 8),
         ("model.layers.9", 9),
         ("transformer.h.9", 9),
+        ("blocks.9.hook_out", 9),
+        ("blocks.9.hook_in", 8),
         (None, -1),
     ],
 )
@@ -252,6 +254,30 @@ def test_thresholds_one_step_below_zero_act_as_zero_as_in_sae_lens_6(tmp_path):
         (V6, {"d_sae": None}, r"d_sae is None; a whole number"),
         (V6, {"d_sae": 0}, r"d_sae is 0; a whole number of at least 1"),
         (V6, {"apply_b_dec_to_input": "yes"}, r"apply_b_dec_to_input is 'yes'; true or false"),
+        (V5, {"activation_fn_kwargs": {"k": 4}}, r"activation_fn_kwargs is {'k': 4}; TopK SAEs are not"),
+        (V5, {"activation_fn_str": None, "activation_fn_kwargs": {"k": 4}}, r"activation_fn_kwargs.*TopK SAEs are not"),
+        (V5, {"activation_fn_kwargs": {"slope": 0.1}}, r"activation_fn_kwargs is {'slope': 0.1}; only relu"),
+        (V6, {"metadata": {**V6["metadata"], "activation_fn": "topk"}}, r"activation_fn is 'topk'; TopK"),
+        (V6, {"k": 4}, r"k is 4; TopK SAEs are not"),
+        (V6, {"rescale_acts_by_decoder_norm": True}, r"rescale_acts_by_decoder_norm is True; activations that"),
+        (V5, {"is_transcoder": True, "d_out": 4}, r"is_transcoder is True; transcoders"),
+        (V5, {"d_out": 4}, r"d_out is 4; transcoders"),
+        (V5, {"is_transcoder": False, "d_out": 5}, r"d_out is 5; transcoders"),
+        (V5, {"hook_name_out": "blocks.2.hook_mlp_out"}, r"hook_name_out is 'blocks.2.hook_mlp_out'; transcoders"),
+        (V6, {"metadata": {**V6["metadata"], "hook_layer_out": 3}}, r"hook_layer_out is 3; transcoders"),
+        (
+            V5,
+            {"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+            r"center_writing_weights is",
+        ),
+        (V5, {"model_kwargs": {"center_writing_weights": True}}, r"center_writing_weights is True; Transformer"),
+        (V5, {"center_writing_weights": True}, r"center_writing_weights is True; Transformer"),
+        (
+            V6,
+            {"metadata": {**V6["metadata"], "model_from_pretrained_kwargs": {"center_writing_weights": True}}},
+            r"center_writing_weights is True",
+        ),
+        (V5, {"finetuning_scaling_factor": True}, r"finetuning_scaling_factor is True; sae_weights.* no such tensor"),
         (V5, {"l1_coefficient": "five"}, r"l1_coefficient is 'five'; a number"),
     ],
     ids=lambda v: "-".join(map(str, v)) if isinstance(v, dict) else "",
@@ -260,6 +286,25 @@ def test_settings_that_would_be_read_wrongly_are_refused(base, changes, message,
     with pytest.raises(UserError, match=message) as error:
         SAE.load(put(tmp_path, {**base, **changes}))
     assert str(tmp_path / "cfg.json") in str(error.value)
+
+
+def test_settings_that_change_nothing_are_read(tmp_path):
+    harmless = {"is_transcoder": False, "d_out": 4, "activation_fn_kwargs": {}, "k": None, "hook_name_out": None}
+    harmless |= {"model_from_pretrained_kwargs": {"center_writing_weights": False, "fold_ln": True}}
+    assert SAE.load(put(tmp_path, {**V5, **harmless})).encode(X).equal(random_sae("jumprelu").encode(X))
+
+
+def test_a_batchtopk_sae_that_was_saved_as_a_jumprelu_one_is_read(tmp_path):
+    details = {"k": 32, "rescale_acts_by_decoder_norm": True, "topk_threshold_lr": 0.01}
+    trained = {"training_architecture": "batchtopk", "training_architecture_details": details}
+    loaded = SAE.load(put(tmp_path, {**V6, "metadata": {**V6["metadata"], **trained}}))
+    assert loaded.encode(X).equal(random_sae("jumprelu").encode(X))
+
+
+def test_a_sparsify_sae_is_called_one(tmp_path):
+    cfg = {"expansion_factor": 2, "normalize_decoder": True, "num_latents": 0, "k": 32, "d_in": 4}
+    with pytest.raises(UserError, match=r"cfg\.json: a sparsify SAE \(k = 32\); TopK SAEs are not supported"):
+        SAE.load(put(tmp_path, cfg))
 
 
 ONES = torch.ones(8)
@@ -279,7 +324,12 @@ ONES = torch.ones(8)
         (V6, {"threshold": -ONES}, r"threshold holds -1; thresholds are never negative. Are these logarithms\?"),
         (V5, {"threshold": -1e-4 * ONES}, r"threshold holds -0.0001; thresholds are never negative"),
         (V6, {"W_enc": torch.full((4, 8), math.nan)}, r"W_enc holds NaN or inf"),
-        (V6, {"b_enc": torch.ones(8, dtype=torch.int32)}, r"b_enc has dtype torch.int32, a floating-point dtype"),
+        (
+            V6,
+            {"b_enc": torch.ones(8).to(torch.float8_e4m3fn)},
+            r"b_enc has dtype torch.float8_e4m3fn; a floating",
+        ),
+        (V6, {"b_enc": torch.ones(8, dtype=torch.int32)}, r"b_enc has dtype torch.int32; a floating-point dtype"),
         (V5, {"scaling_factor": 2 * ONES}, r"scaling_factor is not all ones.*finetuning_scaling_factor"),
         (V5, {"finetuning_scaling_factor": 2 * ONES}, r"finetuning_scaling_factor is not all ones"),
         (V5, {"scaling_factor": torch.ones(3)}, r"scaling_factor has shape \[3\], cfg.json says \[8\]"),

@@ -23,6 +23,23 @@ _RENAMED = {  # present name: sae_lens 2
 }
 
 
+_MODEL_ARGUMENTS = ("model_from_pretrained_kwargs", "model_kwargs")  # what TransformerLens was told to do to the model
+_TRANSCODER = "transcoders, which predict another activation than they read, are not supported"
+_TOPK = "TopK SAEs are not supported yet"
+_FOREIGN = {  # fields that make another function of it, unless they are null, false or empty
+    "is_transcoder": _TRANSCODER,
+    "transcode": _TRANSCODER,
+    "d_out": _TRANSCODER,
+    "hook_name_out": _TRANSCODER,
+    "hook_layer_out": _TRANSCODER,
+    "hook_head_index_out": _TRANSCODER,
+    "out_hook_point": _TRANSCODER,
+    "k": _TOPK,
+    "topk_threshold": _TOPK,
+    "rescale_acts_by_decoder_norm": "activations that are rescaled by the decoder's norms are not supported",
+    "center_writing_weights": "TransformerLens centred the residual stream for this SAE, and here it is read as the "
+    "model has it; set it to false only for a model with RMSNorm, which TransformerLens leaves as it is",
+}
 _DEFAULTS = {f.name: f.default for f in fields(SAESpec)}
 
 
@@ -51,13 +68,17 @@ class Cfg:
         nested = self.values.get("metadata")
         return nested if isinstance(nested, dict) else {}
 
-    def get(self, name: str) -> Any:
-        """The value of a key wherever its generation keeps it; None where nothing does."""
-        details = self._nested.get("training_architecture_details")
-        places = (self.own, self.values, self._nested, details if isinstance(details, dict) else {})
+    def get(self, name: str, *, training: bool = True) -> Any:
+        """The value of a key wherever its generation keeps it; None where nothing does.
+
+        `training`: whether also to look at how it was trained, which may have been as another architecture.
+        """
+        places = [self.own, self.values, self._nested]
+        places += [p.get(key) for p in (self.values, self._nested) for key in _MODEL_ARGUMENTS]
+        places += [self._nested.get("training_architecture_details")] if training else []
         for key in (name, _RENAMED.get(name, name)):
             for place in places:
-                if place.get(key) is not None:
+                if isinstance(place, dict) and place.get(key) is not None:
                     return place[key]
         return None
 
@@ -81,7 +102,10 @@ def spec_of(cfg: Cfg) -> SAESpec:
     Raises:
         UserError: an architecture, activation, normalisation or hook would be read wrongly.
     """
+    if "num_latents" in cfg.values or "normalize_decoder" in cfg.values:
+        raise UserError(f"{cfg.path}: a sparsify SAE (k = {cfg.get('k')}); {_TOPK}, nor are other files than sae_lens'")
     architecture = _architecture(cfg)
+    _check_function(cfg)
     _check_input(cfg)
     d_in, d_sae = _size(cfg, "d_in"), _size(cfg, "d_sae")
     layer = _own(cfg, "layer", int) if cfg.own else _layer(cfg)
@@ -118,17 +142,30 @@ def _architecture(cfg: Cfg) -> Architecture:
     if name not in get_args(Architecture):
         raise cfg.wrong("architecture", f"not known; {' and '.join(get_args(Architecture))} are supported")
     for field in ("activation_fn_str", "activation_fn"):
-        activation = cfg.values.get(field, "relu")
+        activation = cfg.get(field, training=False) or "relu"
         if activation == "topk":
-            raise cfg.wrong(field, "TopK SAEs are not supported yet")
+            raise cfg.wrong(field, _TOPK)
         if activation != "relu":
             raise cfg.wrong(field, "only relu is supported; read as ReLU, its activations would be wrong")
     return name
 
 
+def _check_function(cfg: Cfg) -> None:
+    """Refuse SAEs that compute something else than their architecture does."""
+    kwargs = cfg.get("activation_fn_kwargs", training=False)
+    if kwargs:
+        topk = isinstance(kwargs, dict) and "k" in kwargs
+        raise cfg.wrong("activation_fn_kwargs", _TOPK if topk else "only relu, which has none, is supported")
+    for field, reason in _FOREIGN.items():
+        value = cfg.get(field, training=False)
+        same = field == "d_out" and cfg.get("is_transcoder") is False and value == cfg.get("d_in")
+        if value and not same:
+            raise cfg.wrong(field, reason)
+
+
 def _check_input(cfg: Cfg) -> None:
     """Refuse SAEs that want their input scaled, reshaped, or from one attention head."""
-    normalize = cfg.values.get("normalize_activations")
+    normalize = cfg.get("normalize_activations")
     if normalize in (True, "expected_average_only_in"):
         raise cfg.wrong("normalize_activations", _SCALED[cfg.generation >= 6])
     if normalize not in (None, False, "none"):
@@ -152,10 +189,10 @@ def _layer(cfg: Cfg) -> int:
     hook = cfg.get("hook_name") or cfg.get("hf_hook_name")
     if hook is None:
         return -1
-    if match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_post|(?:.*\.)?(?:layers|h)\.(\d+)", str(hook)):
+    if match := re.fullmatch(r"blocks\.(\d+)\.hook_(?:resid_post|out)|(?:.*\.)?(?:layers|h)\.(\d+)", str(hook)):
         return int(match[1] or match[2])
     # what enters block L is what left block L - 1
-    if (match := re.fullmatch(r"blocks\.(\d+)\.hook_resid_pre", str(hook))) and int(match[1]) > 0:
+    if (match := re.fullmatch(r"blocks\.(\d+)\.hook_(?:resid_pre|in)", str(hook))) and int(match[1]) > 0:
         return int(match[1]) - 1
     raise cfg.wrong("hook_name", "only the residual stream after a block is supported (blocks.L.hook_resid_post)")
 

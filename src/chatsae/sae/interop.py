@@ -27,6 +27,7 @@ WEIGHTS = "sae_weights.safetensors"
 SPARSITY = "sparsity.safetensors"
 
 _FORMAT_VERSION = "6.54.12"  # of sae_lens; without a version of 6 or later sae_lens 6 drops the metadata, silently
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SPARSITY_EPS = 1e-10
 _NEGATIVE_SLACK = 0.01  # of a threshold
 _OWN = ("name", "form", "layer", "b_dec_init", "bandwidth", "init_threshold")
@@ -179,9 +180,8 @@ def tensors_of(raw: Mapping[str, Tensor], spec: SAESpec, cfg: Cfg, path: Path) -
 
 def _finetuning_scaling(tensors: dict[str, Tensor], spec: SAESpec, cfg: Cfg, path: Path) -> Tensor | None:
     """Take the factor of finetuned SAEs out of `tensors`; it multiplies activations, so it belongs to rows of W_dec."""
-    for name in ("scaling_factor", "finetuning_scaling_factor"):
-        if name not in tensors:
-            continue
+    found = [name for name in ("scaling_factor", "finetuning_scaling_factor") if name in tensors]
+    for name in found:
         scaling = tensors.pop(name)
         _check_tensor(name, scaling, (spec.d_sae,), path)
         if bool((scaling == 1).all()):
@@ -193,6 +193,8 @@ def _finetuning_scaling(tensors: dict[str, Tensor], spec: SAESpec, cfg: Cfg, pat
                 "set it to true if the SAE was finetuned, or remove the tensor"
             )
         return scaling
+    if not found and cfg.get("finetuning_scaling_factor"):
+        raise cfg.wrong("finetuning_scaling_factor", f"{path.name} holds no such tensor")
     return None
 
 
@@ -202,8 +204,9 @@ def _check_tensor(name: str, tensor: Tensor, shape: tuple[int, ...], path: Path)
         if tensor.dim() == 2 and tuple(tensor.T.shape) == shape:
             hint = "; it is transposed: W_enc is [d_in, d_sae] and W_dec is [d_sae, d_in]"
         raise UserError(f"{path}: {name} has shape {list(tensor.shape)}, cfg.json says {list(shape)}{hint}")
-    if not tensor.is_floating_point():
-        raise UserError(f"{path}: {name} has dtype {tensor.dtype}, a floating-point dtype was expected")
+    if tensor.dtype not in _DTYPES:
+        dtypes = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise UserError(f"{path}: {name} has dtype {tensor.dtype}; a floating-point dtype was expected: {dtypes}")
     if not bool(tensor.isfinite().all()):
         raise UserError(f"{path}: {name} holds NaN or inf")
 
