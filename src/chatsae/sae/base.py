@@ -64,6 +64,8 @@ class SAE(nn.Module):
         self.spec = spec
         self.metadata: dict[str, Any] = {}
         """Free-form facts that are saved with the SAE."""
+        self.fresh = False
+        """Whether its weights are initial ones, of which training first places b_dec."""
         shapes = {"W_enc": (spec.d_in, spec.d_sae), "W_dec": (spec.d_sae, spec.d_in), "b_dec": (spec.d_in,)}
         for name in self._order[spec.form]:
             shape = shapes.get(name, (spec.d_sae,))
@@ -101,6 +103,22 @@ class SAE(nn.Module):
 
     def before_step_(self) -> None:
         """Put the parameters where the form wants them; training calls it before each step and after the last one."""
+
+    @torch.no_grad()
+    def take_up_(self) -> None:
+        """Prepare weights that were trained before for training, which changes no output.
+
+        Where the form keeps decoder rows at unit norm, the norms go into the encoder.
+        """
+        if self.spec.form == "paper":
+            norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+            self._scale_features_(torch.where(norms > 0, norms, 1))
+
+    def _scale_features_(self, scale: Float[Tensor, " F"]) -> None:
+        """Multiply every feature's activations, and divide its decoder row by the same."""
+        self.W_enc.mul_(scale)
+        self.b_enc.mul_(scale)
+        self.W_dec.div_(scale[:, None])
 
     def file_tensors(self) -> dict[str, Tensor]:
         """The tensors of `sae_weights.safetensors`, in the layout of sae_lens."""

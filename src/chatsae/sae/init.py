@@ -32,6 +32,7 @@ def init_sae(spec: SAESpec, generator: torch.Generator | None = None, dtype: tor
         sae.W_enc.copy_(sae.W_dec.T)
     if isinstance(sae, JumpReLUSAE):
         sae.set_threshold_(spec.init_threshold)
+    sae.fresh = True
     return sae
 
 

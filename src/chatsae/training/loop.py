@@ -1,6 +1,7 @@
 """Train every SAE of a grid from one stream of mixed activations."""
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -80,6 +81,8 @@ def train(
 ) -> Summary:
     """Train all SAEs in place, each on the activations of its layer; nothing is written to disk.
 
+    Fresh SAEs begin with b_dec where `spec.b_dec_init` says; one that was loaded or trained goes on from its weights.
+
     Args:
         saes: the grid, by name.
         acts: batches [L, N, D]; axis 0 follows `layers`.
@@ -87,7 +90,7 @@ def train(
         layers: the layers of axis 0; by default those of the SAEs, in rising order.
 
     Raises:
-        UserError: a loss is not finite, or the activations do not fit the SAEs.
+        UserError: a loss is not finite, a learning rate is not above 0, or the activations do not fit the SAEs.
     """
     config = config or TrainConfig()
     return train_states(make_states(saes, config), acts, config, layers=layers)
@@ -97,8 +100,16 @@ def make_states(saes: Mapping[str, SAE], config: TrainConfig) -> dict[str, StepS
     """Every SAE with a fresh optimizer.
 
     Raises:
-        UserError: the fast step or a precision is asked for and cannot be had here.
+        UserError: a learning rate is not above zero, or the fast step or a precision cannot be had here.
     """
+    for name, sae in saes.items():
+        if not 0 < sae.spec.lr < math.inf:
+            raise UserError(
+                f"{name}: its learning rate is {sae.spec.lr:g}, a number above 0 was expected. Files of others may say "
+                "none; set one: sae.spec = dataclasses.replace(sae.spec, lr=7e-5)"
+            )
+        if not sae.fresh and not sae.spec.coefficient:
+            console.warn(f"{name}: its sparsity coefficient is 0, so training makes it dense; set spec.coefficient")
     how = {"betas": config.adam_betas, "step": config.step, "encoder_precision": config.encoder_precision}
     states = {name: make_state(sae, **how) for name, sae in saes.items()}
     if config.encoder_precision != "float32":
@@ -153,6 +164,7 @@ def train_states(
                 run.save_checkpoint(snapshot(step, states, acts))
     for state in states.values():
         state.sae.before_step_()
+        state.sae.fresh = False
     seconds = time.perf_counter() - meter.start
     return Summary(
         ending=ending,
@@ -236,7 +248,11 @@ def _start(
     if sample.shape[0] != len(layers):
         raise UserError(f"the activations hold {sample.shape[0]} layers, the SAEs want {len(layers)}: {layers}")
     for state in states.values():
-        set_b_dec_(state.sae, sample[layers.index(state.sae.spec.layer)].to(state.sae.W_enc))
+        sae = state.sae
+        if sae.fresh and not bool(sae.b_dec.any()):
+            set_b_dec_(sae, sample[layers.index(sae.spec.layer)].to(sae.W_enc))
+        elif not sae.fresh:
+            sae.take_up_()
     return 0
 
 
