@@ -20,6 +20,7 @@ LAYERS = {
     "sae": 2,
     "runs": 2,
     "buffer": 3,
+    "run_model": 3,
     "training": 4,
     "evals": 4,
     "features": 4,

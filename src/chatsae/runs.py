@@ -1,4 +1,4 @@
-"""A run directory: config.yaml, environment.json, metrics.jsonl, saes/, checkpoints/, report.json."""
+"""A run directory: config.yaml, environment.json, model.json, metrics.jsonl, saes/, checkpoints/, report.json."""
 
 import json
 import os

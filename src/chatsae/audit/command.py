@@ -24,6 +24,7 @@ from chatsae.batch import TokenBatch
 from chatsae.errors import UserError
 from chatsae.files import write_json
 from chatsae.lm.load import LanguageModel, load_model
+from chatsae.run_model import trained_model
 from chatsae.runs import Run
 from chatsae.sae.base import SAE
 from chatsae.steering.command import steer_split
@@ -104,7 +105,7 @@ def audit_run(path: Path, ask: Ask) -> tuple[dict[str, Any], str]:
     prefixes = _prefixes(ask.prefixes)
     run = Run.read(path)
     saes = _saes(run, ask.saes)
-    lm = load_model(run.config.model, head=True)
+    lm = load_model(trained_model(run), head=True)
     for sae in saes.values():
         sae.to(lm.device)
     steps = 2 + 2 * len(found) + len(saes) * (1 + len(found) * (2 + 2 * (1 + ask.controls)))

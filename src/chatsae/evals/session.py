@@ -14,6 +14,7 @@ from chatsae.evals.evaluate import evaluate_tokens
 from chatsae.evals.held_out import HeldOut, fit_tokens, held_out
 from chatsae.evals.report import Report
 from chatsae.lm.load import LanguageModel, load_model
+from chatsae.run_model import trained_model
 from chatsae.runs import Run
 from chatsae.sae.base import SAE
 
@@ -41,8 +42,9 @@ def evaluate_runs(
         if limit < 1:
             raise UserError(f"--dialogues must be at least 1, not {limit}")
         saes = {p.name: SAE.load(p) for p in run.sae_directories()}
-        if model is None or model[0] != config.model:
-            model = config.model, load_model(config.model, head=True)
+        trained = trained_model(run)
+        if model is None or model[0] != trained:
+            model = trained, load_model(trained, head=True)
         alike = RunConfig(model=config.model, data=replace(config.data, method="fast"), eval=config.eval)
         if known is not None and known[0] == alike and not known[1].facts:
             data = known[1]  # the held-out part of the same corpora

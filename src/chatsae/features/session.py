@@ -22,6 +22,7 @@ from chatsae.features.records import Options
 from chatsae.features.store import FeatureStore
 from chatsae.files import Lock
 from chatsae.lm.load import LanguageModel, load_model
+from chatsae.run_model import trained_model
 from chatsae.runs import Run
 from chatsae.sae.base import SAE
 
@@ -76,7 +77,7 @@ class RunFeatures:
     @cached_property
     def lm(self) -> LanguageModel:
         """With its head; the SAEs are moved to its device."""
-        lm = load_model(self.run.config.model, head=True)
+        lm = load_model(trained_model(self.run), head=True)
         for sae in self.saes.values():
             sae.to(lm.device)
         return lm

@@ -26,7 +26,10 @@ LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, Runtime
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where the files of a model are: a local directory, or a hub name with `offline` when only its cache answers."""
+    """Where the files of a model are: a local directory, or a hub name with `offline` when only its cache answers.
+
+    `revision` of a hub model is the commit that its branch or tag stood at when it was looked up.
+    """
 
     name: str
     path: str
@@ -94,14 +97,14 @@ def locate(
         raise UserError(f"demo: the bundled model is missing from this installation ({path})")
     if path.exists():
         raise UserError(f"{name}: a file; the directory of a Hugging Face checkpoint is expected")
-    offline = _ask_hub(str(name), revision, needs)
-    return Source(str(name), str(name), revision, offline, trust_remote_code)
+    offline, commit = _ask_hub(str(name), revision, needs)
+    return Source(str(name), str(name), commit or revision, offline, trust_remote_code)
 
 
-def _ask_hub(name: str, revision: str | None, needs: tuple[str, ...]) -> bool:
-    """Whether the hub's local cache has to do, because the hub does not answer."""
+def _ask_hub(name: str, revision: str | None, needs: tuple[str, ...]) -> tuple[bool, str | None]:
+    """Whether the hub's local cache has to do, because the hub does not answer; and the commit of a revision."""
     try:
-        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_TIMEOUT)
+        return False, huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_TIMEOUT).sha
     except hub_errors.HFValidationError:
         raise UserError(f"{name}: no such directory, and not the form of a hub name (owner/model)") from None
     except hub_errors.GatedRepoError:
@@ -112,10 +115,10 @@ def _ask_hub(name: str, revision: str | None, needs: tuple[str, ...]) -> bool:
         raise UserError(f"{name}: no such directory, and no such model on the hub (or a private one)") from None
     except (hub_errors.HTTPError, OSError) as error:
         cached = [huggingface_hub.try_to_load_from_cache(name, file, revision=revision) for file in needs]
-        if not any(isinstance(found, str) for found in cached):
+        paths = [Path(found) for found in cached if isinstance(found, str)]
+        if not paths:
             raise UserError(f"{name}: not found locally, hub unreachable: {one_line(error)}") from None
-        return True
-    return False
+        return True, paths[0].parent.name  # snapshots/COMMIT/FILE
 
 
 def read_config(source: Source) -> PreTrainedConfig:
@@ -143,27 +146,33 @@ def check_shards(source: Source) -> None:
     Raises:
         UserError: there is no safetensors file, or one is missing, truncated or corrupt.
     """
-    if not source.local:
-        return
+    for file in weight_files(source) if source.local else ():
+        path = Path(source.path) / file
+        if not path.is_file():
+            raise UserError(f"{path}: this shard is missing; the index names it")
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: truncated or corrupt: {one_line(error)}") from None
+
+
+def weight_files(source: Source) -> list[str]:
+    """The names of the safetensors files of a local checkpoint.
+
+    Raises:
+        UserError: there is none, or the index of them is damaged.
+    """
     directory = Path(source.path)
     index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
     if single.is_file():
-        files = [single.name]
-    elif index.is_file():
+        return [single.name]
+    if index.is_file():
         names = read_object(index, keys={"weight_map": dict})["weight_map"].values()
         if wrong := [name for name in names if not isinstance(name, str)]:
             raise damaged(index, f"weight_map names {wrong[0]!r} as a file")
-        files = sorted(set(names))
-    else:
-        raise UserError(f"{directory}: no model.safetensors; weights are read from safetensors files only")
-    for file in files:
-        if not (directory / file).is_file():
-            raise UserError(f"{directory / file}: this shard is missing; {index.name} names it")
-        try:
-            with safe_open(directory / file, framework="pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{directory / file}: truncated or corrupt: {one_line(error)}") from None
+        return sorted(set(names))
+    raise UserError(f"{directory}: no model.safetensors; weights are read from safetensors files only")
 
 
 def load_tokenizer(

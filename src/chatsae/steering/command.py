@@ -13,6 +13,7 @@ from chatsae.data.store.splits import split_tokens
 from chatsae.errors import UserError
 from chatsae.files import write_json
 from chatsae.lm.load import LanguageModel, load_model
+from chatsae.run_model import trained_model
 from chatsae.runs import Run
 from chatsae.sae.base import SAE
 from chatsae.steering.generate import Completion, generate
@@ -117,7 +118,7 @@ def prepare(path: Path, sae_name: str | None, feature: int, dialogues: int) -> P
     name, sae = _only(_saes(run, () if sae_name is None else (sae_name,)), path)
     spec = SteerSpec(sae=sae, feature=feature)
     spec.direction()  # refuses a feature that does not exist before the model is loaded
-    lm = load_model(run.config.model, head=True)
+    lm = load_model(trained_model(run), head=True)
     sae.to(lm.device)
     tokens = TokenBatch.concat(list(steer_split(run.config, lm, dialogues)))
     rows = rows_of_dialogues(tokens, lm.max_positions)
@@ -138,7 +139,7 @@ def tokens_run(
         raise UserError(f"--dialogues must be at least 1, not {dialogues}")
     run = Run.read(path)
     chosen = _saes(run, saes)
-    lm = load_model(run.config.model)
+    lm = load_model(trained_model(run))
     for sae in chosen.values():
         sae.to(lm.device)
     tally: Counter[str] = Counter()

@@ -17,6 +17,7 @@ from chatsae.data.template import template_facts
 from chatsae.errors import UserError
 from chatsae.files import read_object, write_json
 from chatsae.lm.load import LanguageModel, load_model
+from chatsae.run_model import remember_model
 from chatsae.runs import Run
 from chatsae.sae.grid import build_grid
 from chatsae.training.calibrate import duration, predict_run
@@ -38,10 +39,10 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         if finished is not None:
             console.say(f"{out} is already trained; its SAEs are in {out / 'saes'}")
             return finished
-        lm = load_model(config.model)
-        tally: Counter[str] = Counter()
         checkpoint = run.load_checkpoint()
         resumes, seed = checkpoint is not None, config.train.seed
+        lm = load_model(remember_model(run, resumes=resumes))
+        tally: Counter[str] = Counter()
         facts = _remembered(
             run, "data.json", resumes, lambda before: data_facts(config.data, lm.tokenizer, seed=seed, before=before)
         )

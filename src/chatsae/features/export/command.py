@@ -17,6 +17,7 @@ from chatsae.features.export.subject import Explanation, Names, Subject
 from chatsae.features.judging import chosen, read_judgements
 from chatsae.features.session import RunFeatures
 from chatsae.lm.facts import planning_facts
+from chatsae.run_model import trained_model
 from chatsae.runs import Run
 
 Format = Literal["neuronpedia", "neuronpedia-bulk", "saedashboard", "delphi", "saebench"]
@@ -171,8 +172,8 @@ def _dataset(run: Run) -> str:
 
 
 def _n_layers(run: Run, tally: Counter[str]) -> int | None:
-    model = run.config.model
     try:
+        model = trained_model(run)
         return planning_facts(model.name, model.revision, model.trust_remote_code, layer_path=model.layer_path).n_layers
     except UserError as error:
         tally[f"number of the model's layers: {error}"] += 1

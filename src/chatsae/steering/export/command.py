@@ -11,6 +11,7 @@ from chatsae.errors import UserError
 from chatsae.exporting import check_identifier, directory, identifier, listed, write_json
 from chatsae.lm.facts import planning_facts
 from chatsae.lm.load import load_model
+from chatsae.run_model import trained_model
 from chatsae.runs import Run
 from chatsae.sae.base import SAE
 from chatsae.steering.export.bias import write_folded
@@ -117,7 +118,7 @@ def _writer(
     run: Run, wanted: Wanted, specs: Sequence[SteerSpec], labels: Sequence[str]
 ) -> Callable[[Path], dict[str, Any]]:
     """What writes the files of a format into a directory and returns further facts; what cannot be is refused here."""
-    model, directions = run.config.model, constants(specs)
+    model, directions = trained_model(run), constants(specs)
     if wanted.model_id and wanted.format != "neuronpedia-vector":
         raise UserError(f"--model-id: {wanted.format} has none; leave it out")
     if wanted.format == "bias":
