@@ -7,9 +7,10 @@ import chatsae
 
 ROOT = Path(chatsae.__file__).parent
 LAYERS = {
-    "errors": -1,
+    "errors": -2,
     "config": 0,
-    "files": 1,
+    "files": -1,
+    "typed": -1,
     "exporting": 1,
     "recipe": 1,
     "statistics": 1,

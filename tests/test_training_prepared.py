@@ -56,8 +56,8 @@ def test_the_verb_prints_a_table_and_the_next_command(prepared, tmp_path, capsys
     assert main(["show", out]) == 0
     assert "manifest sha256" in capsys.readouterr().out
     for flags, says in (
-        (["--data.held-out", "1", "-2", "3"], "data.held_out must not be negative"),
-        (["--data.memory-gb", "-1"], "data.memory_gb must not be negative"),
+        (["--data.held-out", "1", "-2", "3"], "data.held_out[1] must be at least 0, not -2"),
+        (["--data.memory-gb", "-1"], "data.memory_gb must be at least 0, not -1"),
         (["--data.sources", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--data.max-tokens", "7"], "holds other data"),
     ):

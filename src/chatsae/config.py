@@ -1,24 +1,46 @@
-"""Every configuration record. Standard library only; the paper's values are the defaults."""
+"""Every configuration record. Standard library only; the paper's values are the defaults.
+
+A field's type says which values it takes (`chatsae.typed`); a record with another value cannot be made.
+"""
 
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 from chatsae.errors import UserError
+from chatsae.typed import Count, Grid, Natural, Number, Positive, Seed, Share, Words, checked
 
 Architecture = Literal["standard", "jumprelu"]
 Form = Literal["paper", "v6"]
 Method = Literal["fast", "bt-f", "bt-f-isolated", "bt-p"]
 Way = Literal["padded", "packed", "single"]
 Precision = Literal["float32", "tf32", "bf16"]
+Role = Literal["system", "user", "assistant", "tool"]
+
+_Coefficient = Annotated[float, Number(least=0, most=1e12)]
+_Beta = Annotated[float, Number(least=0, below=1)]
+
+
+class _Checked:
+    """Converts and checks its fields when it is made, wherever that is: a recipe, the command line, Python.
+
+    Raises:
+        UserError: a value is of the wrong type or out of bounds; names the field, as a recipe does.
+    """
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Config").lower()
+        checked(self, lambda name: name if section == "run" else f"{section}.{name}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelConfig:
+class ModelConfig(_Checked):
     """The language model whose residual stream is read."""
 
-    name: str = "demo"
+    name: Words = "demo"
     """Hub name or local directory of a decoder-only chat model; "demo" is the tiny chat model in this package."""
-    layers: tuple[int, ...] = (3,)
+    layers: tuple[Natural, ...] = (3,)
     """Blocks whose output (resid_post) is read; every one trains its own SAEs from the same pass."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the language model; auto: bfloat16 on a GPU, float32 on a CPU."""
@@ -32,56 +54,56 @@ class ModelConfig:
     """Module path of the list of blocks, for an architecture in which it is not found (docs/models.md)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
-    random_weights: int | None = None
+    random_weights: Seed | None = None
     """Seed of random weights in place of the model's own, each tensor of its mean and variance: a control."""
     trust_remote_code: bool = False
     """Run code that comes with a hub model. Leave it off unless you have read that code."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class DataConfig(_Checked):
     """What reaches the language model, and how."""
 
     method: Method = "fast"
     """fast: each dialogue alone; bt-f: rendered dialogues in blocks; bt-p: pretraining text in blocks; bt-f-isolated:
     the blocks of bt-f, but attention stays within each dialogue."""
-    sources: tuple[str, ...] = ("pydocs",)
+    sources: tuple[Words, ...] = ("pydocs",)
     """Chat corpora for fast and bt-f: presets, hub ids, or local .jsonl and .parquet files."""
-    text_sources: tuple[str, ...] = ("pydocs",)
+    text_sources: tuple[Words, ...] = ("pydocs",)
     """Plain-text corpora for bt-p: presets, hub ids, or local .jsonl and .parquet files with a `text` field."""
     prepared: str = ""
     """Directory that `chatsae prepare` wrote; the run reads it in place of the sources."""
     order: Literal["mixed", "listed"] = "mixed"
     """mixed: rows of all sources drawn in proportion to their size; listed: one source after another."""
-    max_tokens: int | None = None
+    max_tokens: Natural | None = None
     """Training tokens to prepare; 0: all there are; by default train.tokens."""
-    held_out: tuple[int, int, int] = (5000, 10_000, 1010)
+    held_out: tuple[Natural, Natural, Natural] = (5000, 10_000, 1010)
     """Dialogues to prepare for evaluation, interpretation and steering; training shares no n-gram with them."""
-    ngram: int = 20
+    ngram: Natural = 20
     """Words per window of the greedy deduplication; 0 turns it off."""
-    ngram_roles: tuple[str, ...] = ()
+    ngram_roles: tuple[Role, ...] = ()
     """Roles whose turns are compared; empty: all. Without system, a long system prompt that repeats drops nothing."""
-    memory_gb: float = 0
+    memory_gb: Annotated[float, Number(least=0)] = 0
     """Memory for the n-grams; where more is needed the sources are read twice, with the same result. 0: no limit."""
-    workers: int = 0
+    workers: Annotated[int, Number(least=0, most=4096)] = 0
     """Processes that tokenise; 0: one per core."""
-    max_length: int = 8192
+    max_length: Count = 8192
     """Tokens after which a dialogue is cut (fast)."""
-    block_size: int = 2048
+    block_size: Count = 2048
     """Tokens per block (bt-f, bt-p)."""
-    epochs: int = 1
+    epochs: Natural = 1
     """Passes over the data; 0: as many as train.tokens needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HarvestConfig:
+class HarvestConfig(_Checked):
     """How sequences are batched through the language model: speed, and the order in which activations come."""
 
     way: Literal["auto", "padded", "packed", "single"] = "auto"
     """How sequences share a forward: padded on the right, packed in one row, or single; auto: the first exact one."""
-    token_budget: int = 0
+    token_budget: Natural = 0
     """Tokens per forward, padding counted; 0: chosen for the machine."""
-    pool: int = 4096
+    pool: Count = 4096
     """Sequences that are sorted by length together."""
     prefix: Literal["auto", "on", "off"] = "auto"
     """Compute the tokens that the template puts before every dialogue once; auto: on a CPU, where it is exact."""
@@ -93,34 +115,34 @@ class HarvestConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BufferConfig:
+class BufferConfig(_Checked):
     """The mixing buffer."""
 
-    capacity: int = 500_000
+    capacity: Count = 500_000
     """Activations held; a random half is served and replaced meanwhile, then the next half is drawn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where they are held; auto: with the model, or on the CPU if they would take over half of a GPU's free memory."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SAEConfig:
+class SAEConfig(_Checked):
     """The grid of SAEs: the product of the tuples below, at every layer."""
 
-    architectures: tuple[Architecture, ...] = ("standard", "jumprelu")
+    architectures: Annotated[tuple[Architecture, ...], Grid()] = ("standard", "jumprelu")
     """standard: ReLU + L1; jumprelu: learned thresholds + L0."""
-    expansion_factors: tuple[int, ...] = (8,)
+    expansion_factors: Annotated[tuple[Count, ...], Grid()] = (8,)
     """d_sae / d_in."""
     form: Form = "paper"
     """paper: unit-norm decoder rows, unweighted L1, log thresholds; v6: sae_lens 6, which regularises."""
-    l1_coefficients: tuple[float, ...] = (5.0,)
+    l1_coefficients: Annotated[tuple[_Coefficient, ...], Grid()] = (5.0,)
     """Weight of the L1 penalty (standard)."""
-    l0_coefficients: tuple[float, ...] = (0.01,)
+    l0_coefficients: Annotated[tuple[_Coefficient, ...], Grid()] = (0.01,)
     """Weight of the L0 penalty (jumprelu)."""
-    bandwidth: float = 0.001
+    bandwidth: Positive = 0.001
     """Width of the straight-through estimator's kernel (jumprelu); sae_lens 6 uses 0.05."""
-    init_threshold: float = 0.001
+    init_threshold: Positive = 0.001
     """Initial threshold (jumprelu); sae_lens 6 uses 0.01."""
-    lrs: tuple[float, ...] = (7e-5,)
+    lrs: Annotated[tuple[Positive, ...], Grid()] = (7e-5,)
     """Peak learning rates."""
     b_dec_init: Literal["geometric_median", "zeros"] = "geometric_median"
     """Initial decoder bias."""
@@ -129,53 +151,58 @@ class SAEConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainConfig:
+class TrainConfig(_Checked):
     """One training run."""
 
-    tokens: int = 40_960_000
+    tokens: Count = 40_960_000
     """Activations each SAE is trained on."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Tokens per step."""
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     """Decay rates of Adam's moments."""
-    lr_end_share: float = 0.1
+    lr_end_share: Share = 0.1
     """Learning rate at the end of the cosine, as a share of the peak."""
-    lr_warmup_share: float = 0.05
+    lr_warmup_share: Share = 0.05
     """Share of the steps with a rising learning rate (the paper's 16,000 of 320,000)."""
-    lr_decay_share: float = 0.2
+    lr_decay_share: Share = 0.2
     """Share of the steps at the end in which the rate falls linearly to zero (64,000 of 320,000)."""
-    sparsity_warmup_share: float = 0.03125
+    sparsity_warmup_share: Share = 0.03125
     """Share of the steps in which the sparsity coefficient rises from zero (10,000 of 320,000)."""
     step: Literal["auto", "plain", "fast"] = "auto"
     """plain: autograd and fused Adam; fast: sparse kernels (a CPU with chatsae[fast]); auto: by measured density."""
     encoder_precision: Precision = "float32"
     """Of the encoder's product on a GPU (chatsae[gpu]); tf32 and bf16 are faster and round its inputs."""
-    clip_grad_norm: float = 1.0
+    clip_grad_norm: Annotated[float, Number(above=0, finite=False)] = 1.0
     """Largest global norm of the gradient of an SAE."""
-    dead_feature_window: int = 1000
+    dead_feature_window: Natural = 1000
     """Steps without firing after which a feature counts as dead."""
-    seed: int = 42
+    seed: Seed = 42
     """Seeds initial weights, data order and the buffer."""
-    log_every: int = 100
+    log_every: Count = 100
     """Steps between lines of metrics.jsonl."""
     gsnr: bool = True
     """Measure the signal-to-noise ratio of each SAE's gradient for lines of metrics.jsonl, at most every 100 steps."""
-    checkpoint_every: int = 5000
+    checkpoint_every: Count = 5000
     """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _Checked.__post_init__(self)
+        if self.lr_warmup_share + self.lr_decay_share > 1:
+            raise UserError("train.lr_warmup_share and train.lr_decay_share add up to more than 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
+class EvalConfig(_Checked):
     """Evaluation on held-out dialogues, each fed whole."""
 
-    dialogues: int = 5000
+    dialogues: Count = 5000
     """Held-out dialogues."""
-    sources: tuple[str, ...] = ()
+    sources: tuple[Words, ...] = ()
     """Chat corpora to evaluate on; empty: the held-out part of data.sources."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RunConfig:
+class RunConfig(_Checked):
     """One run: one language-model pass that trains a grid of SAEs."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -221,27 +248,8 @@ def check_sae(config: SAEConfig) -> None:
     """Refuse a grid that would silently ignore a field.
 
     Raises:
-        UserError: an architecture is unknown, a tuple is empty, or a field of an absent architecture was changed.
+        UserError: a field of an absent architecture was changed.
     """
-    for name in config.architectures:
-        if name not in get_args(Architecture):
-            raise UserError(f"sae.architectures: {name!r} is not one of {', '.join(get_args(Architecture))}")
-    for name in ("architectures", "expansion_factors", "l1_coefficients", "l0_coefficients", "lrs"):
-        if not getattr(config, name):
-            raise UserError(f"sae.{name} is empty; at least one value is needed")
-        if len(set(getattr(config, name))) != len(getattr(config, name)):
-            raise UserError(f"sae.{name} holds a value twice: {getattr(config, name)}")
-    positive = {
-        "expansion_factors": config.expansion_factors,
-        "lrs": config.lrs,
-        "bandwidth": (config.bandwidth,),
-        "init_threshold": (config.init_threshold,),
-    }
-    for name, values in positive.items():
-        if min(values) <= 0:
-            raise UserError(f"sae.{name} must be above 0, not {min(values)}")
-    if min(*config.l1_coefficients, *config.l0_coefficients) < 0:
-        raise UserError("sae.l1_coefficients and sae.l0_coefficients must not be negative")
     defaults = {f.name: f.default for f in fields(SAEConfig)}
     for name, architecture in _ONLY_FOR.items():
         if architecture not in config.architectures and getattr(config, name) != defaults[name]:
@@ -249,6 +257,36 @@ def check_sae(config: SAEConfig) -> None:
                 f"sae.{name} is set, but only {architecture} SAEs have it and sae.architectures is "
                 f"{', '.join(config.architectures)}"
             )
+
+
+def check_train(config: TrainConfig) -> None:
+    """Refuse a training without a step.
+
+    Raises:
+        UserError: there are fewer tokens than in one batch.
+    """
+    if config.tokens < config.batch_size:
+        raise UserError(f"train.tokens is {config.tokens}, less than one batch of {config.batch_size}")
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse what no run can have although every field is sound.
+
+    Raises:
+        UserError: names the fields, what they hold and what was expected.
+    """
+    if not config.model.layers:
+        raise UserError("model.layers is empty; at least one layer is needed")
+    if len(set(config.model.layers)) != len(config.model.layers):
+        raise UserError(f"model.layers: a layer is asked for twice: {', '.join(map(str, config.model.layers))}")
+    check_train(config.train)
+    check_sae(config.sae)
+    if config.buffer.capacity < 2 * config.train.batch_size:
+        needed = f"at least two batches ({2 * config.train.batch_size}) needed"
+        raise UserError(f"buffer.capacity: {config.buffer.capacity} given, {needed}")
+    sources = "text_sources" if config.data.method == "bt-p" else "sources"
+    if not config.data.prepared and not getattr(config.data, sources):
+        raise UserError(f"data.{sources} is empty; name at least one source (pydocs is built in)")
 
 
 def sae_specs(config: SAEConfig, *, layers: tuple[int, ...], d_in: int) -> list[SAESpec]:

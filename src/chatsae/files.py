@@ -10,6 +10,31 @@ from typing import Any
 
 from chatsae.errors import UserError
 
+_TEXT_BYTES = 256 << 20  # of a text file that is read as a whole
+
+
+def read_text(path: Path | str, what: str = "", *, most: int = _TEXT_BYTES) -> str:
+    """The text of a file; `what` says in messages what the file is.
+
+    Raises:
+        UserError: it does not exist, is no file (a named pipe would block), has over `most` bytes, or is not UTF-8.
+    """
+    path, name = Path(path), f"{what} {path}".strip()
+    try:
+        if path.exists() and not path.is_file():
+            kind = "a directory" if path.is_dir() else "not a regular file"
+            raise UserError(f"{name} is {kind}; a file is expected")
+        if (size := path.stat().st_size) > most:
+            raise UserError(f"{name} cannot be read: {size:,} bytes are more than the {most:,} that are taken")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{name} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} cannot be read: not UTF-8 ({error.reason} at byte {error.start:,})") from None
+    except (OSError, ValueError) as error:  # ValueError: a zero character in the path
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise UserError(f"{name} cannot be read: {reason or error}") from None
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a file as a whole or not at all.
@@ -92,6 +117,20 @@ def _kind(value: object) -> str:
 def damaged(path: Path, problem: object, advice: str = "") -> UserError:
     """The error of a file that does not hold what was written there."""
     return UserError(f"{path} is damaged ({problem})" + (f"; {advice}" if advice else ""))
+
+
+def check_memory(n_bytes: int, what: str) -> None:
+    """Refuse what the machine's memory cannot hold; `what` begins the message.
+
+    Raises:
+        UserError: it is larger than all of the memory.
+    """
+    try:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError):  # a system that does not tell
+        return
+    if n_bytes > there:
+        raise UserError(f"{what} would take {n_bytes / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f} GiB")
 
 
 def sync(path: Path) -> None:

@@ -1,15 +1,18 @@
 """YAML recipes <-> configuration. A recipe sets the defaults; flags on the command line come later and win."""
 
-import difflib
-import types
+from collections import Counter
 from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import yaml
 
 from chatsae.config import RunConfig
 from chatsae.errors import UserError
+from chatsae.files import read_text
+from chatsae.typed import hints_of, near, shown
+
+_MERGED = 10_000  # pairs of one mapping after its merges (<<), of which a few lines can make billions
 
 
 def load_recipe(path: Path | str, base: RunConfig | None = None) -> RunConfig:
@@ -18,16 +21,49 @@ def load_recipe(path: Path | str, base: RunConfig | None = None) -> RunConfig:
     Raises:
         UserError: the file is missing or no mapping, a key is unknown, or a value has the wrong type.
     """
-    path = Path(path)
+    data = load_yaml(path, "recipe")
+    return _fill(base or RunConfig(), {} if data is None else data, where=str(path))
+
+
+def run_recipe(path: Path) -> Path:
+    """The recipe of a run, where a path is a run directory."""
+    return path / "config.yaml" if path.is_dir() else path
+
+
+def load_yaml(path: Path | str, what: str) -> Any:
+    """The value in a YAML file; `what` names the file in messages.
+
+    Raises:
+        UserError: it cannot be read, is not valid YAML, or holds a key twice.
+    """
+    text = read_text(path, what)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"recipe {path} does not exist") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} cannot be read: {error}") from None
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    return _fill(base or RunConfig(), data or {}, where=str(path))
+        raise UserError(f"{what} {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{what} {path} is not valid YAML: nested too deeply") from None
+    except ValueError as error:  # a date that is none, an integer of thousands of digits
+        raise UserError(f"{what} {path} holds a value that cannot be: {error}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """Of plain values; refuses what YAML takes without a word: a key that is there twice, merges without end."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._looked_at: set[int] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        if id(node) in self._looked_at:  # its merges are resolved already
+            return
+        self._looked_at.add(id(node))
+        own = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, n in own.items() if n > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"{shown(twice[0])} is there twice", node.start_mark)
+        super().flatten_mapping(node)
+        if len(node.value) > _MERGED:
+            raise yaml.constructor.ConstructorError(None, None, "merges (<<) of too many keys", node.start_mark)
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -48,52 +84,18 @@ def _fill(config: Any, data: Any, where: str, prefix: str = "") -> Any:
     if not isinstance(data, dict):
         expected = ", ".join(f.name for f in fields(config))
         raise UserError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping with the keys {expected}")
-    hints = get_type_hints(type(config))
-    changes = {}
+    hints, changes = hints_of(type(config)), {}
     for key, value in data.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            hint = f"perhaps you meant {prefix}{near[0]}" if near else f"known keys: {', '.join(hints)}"
-            raise UserError(f"{where}: unknown key {prefix}{key}; {hint}")
-        if is_dataclass(hints[key]):
-            changes[key] = _fill(getattr(config, key), value, where, f"{prefix}{key}.")
-        else:
-            changes[key] = _convert(value, hints[key], f"{where}: {prefix}{key}")
-    return replace(config, **changes)
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    origin, options = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return None if value is None else _convert(value, next(o for o in options if o is not type(None)), where)
-    if origin is Literal:
-        if value not in options:
-            near = difflib.get_close_matches(str(value), options, n=1)
-            raise UserError(
-                f"{where} must be one of {', '.join(options)}, not {value!r}"
-                + (f"; perhaps you meant {near[0]}" if near else "")
-            )
-        return value
-    if origin is tuple:
-        values = value if isinstance(value, (list, tuple)) else [value]
-        if options[-1] is not Ellipsis and len(values) != len(options):
-            raise UserError(f"{where} must hold {len(options)} values, not {len(values)}")
-        return tuple(_convert(v, options[0], f"{where}[{i}]") for i, v in enumerate(values))
-    return _scalar(value, hint, where)
-
-
-def _scalar(value: Any, hint: type, where: str) -> Any:
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 reads 7e-5 as a string
-        except ValueError:
-            pass
-    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
-    raise UserError(f"{where} must be {_NAMES[hint]}, not {value!r}")
-
-
-_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+            guess = near(key, hints)
+            hint = f"perhaps you meant {prefix}{guess}" if guess else f"known keys: {', '.join(hints)}"
+            raise UserError(f"{where}: unknown key {prefix}{key if isinstance(key, str) else shown(key)}; {hint}")
+        section = is_dataclass(hints[key])
+        changes[key] = _fill(getattr(config, key), value, where, f"{prefix}{key}.") if section else value
+    try:
+        return replace(config, **changes)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _plain(value: Any) -> Any:

@@ -1,13 +1,17 @@
 """The SAEs of a grid, by name."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from chatsae.config import SAEConfig, SAESpec, sae_specs
+from chatsae.files import check_memory
 from chatsae.sae.base import SAE
 from chatsae.sae.init import init_sae
+from chatsae.typed import Seed, convert
+
+_COPIES = 4  # of every weight in training: the weight, its gradient and two moments of Adam, in float32
 
 
 @runtime_checkable
@@ -24,10 +28,22 @@ def grid(lm: _HasResidualStream, *, seed: int = 42, **fields: Any) -> dict[str, 
     """Fresh SAEs for every layer that `lm` reads, on its device; `fields` are those of `SAEConfig`.
 
     Raises:
-        UserError: the fields contradict each other (see `chatsae.config.check_sae`).
+        UserError: a field or the seed cannot be, fields contradict each other (see `chatsae.config.check_sae`), or the
+            memory of this machine cannot hold the SAEs.
     """
+    seed = convert(seed, Seed, "seed")
     saes = build_grid(sae_specs(SAEConfig(**fields), layers=lm.layers, d_in=lm.d_in), seed)
     return {name: sae.to(lm.device) for name, sae in saes.items()}
+
+
+def check_fits(specs: Sequence[SAESpec]) -> None:
+    """Refuse SAEs whose training the memory of this machine cannot hold.
+
+    Raises:
+        UserError: says how large they are.
+    """
+    n_bytes = 4 * _COPIES * sum(2 * spec.d_in * spec.d_sae for spec in specs)
+    check_memory(n_bytes, f"sae.expansion_factors: {len(specs)} SAEs of d_sae {max(s.d_sae for s in specs):,}")
 
 
 def build_grid(specs: Iterable[SAESpec], seed: int, dtype: torch.dtype = torch.float32) -> dict[str, SAE]:
@@ -37,8 +53,11 @@ def build_grid(specs: Iterable[SAESpec], seed: int, dtype: torch.dtype = torch.f
     from the same W_enc and W_dec, whatever else is in the grid: what a comparison shows is never the luck of a draw.
 
     Raises:
+        UserError: see `check_fits`.
         ValueError: two specs have one name.
     """
+    specs = list(specs)
+    check_fits(specs)
     saes: dict[str, SAE] = {}
     for spec in specs:
         if spec.name in saes:

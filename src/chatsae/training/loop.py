@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chatsae import console
-from chatsae.config import TrainConfig
+from chatsae.config import TrainConfig, check_train
 from chatsae.errors import UserError
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.base import SAE, Losses
@@ -90,9 +90,11 @@ def train(
         layers: the layers of axis 0; by default those of the SAEs, in rising order.
 
     Raises:
-        UserError: a loss is not finite, a learning rate is not above 0, or the activations do not fit the SAEs.
+        UserError: the tokens make no batch, a loss is not finite, a learning rate is not above 0, or the activations do
+            not fit the SAEs.
     """
     config = config or TrainConfig()
+    check_train(config)
     return train_states(make_states(saes, config), acts, config, layers=layers)
 
 

@@ -20,6 +20,7 @@ from chatsae.data.sources import resolve
 from chatsae.data.store.manifest import recipe_of
 from chatsae.data.store.prepared import Prepared
 from chatsae.errors import UserError
+from chatsae.files import check_memory
 from chatsae.lm.budget import choose_budget
 from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel
@@ -131,6 +132,9 @@ def activations(
         UserError: see `token_batches`, `Harvest` and `Mixer`.
     """
     ring_device(config.buffer.device, lm.device, 0)  # what cannot be is refused at once
+    if config.buffer.device == "cpu" or lm.device.type == "cpu":
+        n_bytes = len(lm.layers) * config.buffer.capacity * lm.d_in * lm.dtype.itemsize
+        check_memory(n_bytes, f"buffer.capacity: {config.buffer.capacity:,} activations")
     overlap = overlaps(config, lm)
     counts: Counter[str] | None = Counter() if overlap else tally
     tokens = token_batches(config.data, lm.tokenizer, seed=config.train.seed, facts=facts, tally=counts)

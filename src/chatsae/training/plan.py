@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from chatsae import console
-from chatsae.config import Method, RunConfig, SAESpec, sae_specs
+from chatsae.config import Method, RunConfig, SAESpec, check_run, sae_specs
 from chatsae.console import Column
 from chatsae.errors import UserError
 from chatsae.lm.checkpoint import ModelFacts
 from chatsae.lm.facts import planning_facts
-from chatsae.recipe import load_recipe
+from chatsae.recipe import load_recipe, run_recipe
 from chatsae.training.calibrate import calibrate, duration
 from chatsae.training.timing import ACTIVE, DIALOGUE
 
@@ -50,30 +50,43 @@ class Pass:
 
 
 def plan_recipes(recipes: Sequence[Path], methods: Sequence[Method], seconds: float = 0) -> list[Pass]:
-    """One pass per recipe and method, in that order; a run directory counts as its recipe.
+    """`plan_configs` of recipes in files; a run directory counts as its recipe.
+
+    Raises:
+        UserError: a recipe cannot be read; see `plan_configs`.
+    """
+    return plan_configs([(path.name, load_recipe(run_recipe(path))) for path in recipes], methods, seconds)
+
+
+def plan_configs(configs: Sequence[tuple[str, RunConfig]], methods: Sequence[Method], seconds: float = 0) -> list[Pass]:
+    """One pass per recipe and method, in that order.
 
     Args:
+        configs: recipes with their names.
         seconds: of measuring on this machine per recipe, which predict the times of its passes; 0: none are.
 
     Raises:
-        UserError: a recipe or the model's configuration cannot be read, or there is no method.
+        UserError: the model's configuration cannot be read, no run can have a recipe's values, or there is no method.
     """
     if not methods:
         raise UserError("plan needs at least one method")
+    if not 0 <= seconds < float("inf"):
+        raise UserError(f"--seconds must be at least 0 and finite, not {seconds}")
     planned: list[tuple[list[Pass], list[RunConfig]]] = []
-    for path in recipes:
-        config = load_recipe(path / "config.yaml" if path.is_dir() else path)
+    for name, config in configs:
         model = config.model
+        each = [replace(config, data=replace(config.data, method=method)) for method in methods]
+        for one in each:
+            check_run(one)
         facts = planning_facts(model.name, model.revision, model.trust_remote_code, layer_path=model.layer_path)
-        configs = [replace(config, data=replace(config.data, method=method)) for method in methods]
-        planned.append(([plan_pass(path.name, c, facts) for c in configs], configs))
+        planned.append(([plan_pass(name, one, facts) for one in each], each))
     if seconds <= 0:
         return [p for passes, _ in planned for p in passes]
     timed = []
     with console.progress("measure", len(planned)) as advance:
-        for passes, configs in planned:
+        for passes, each in planned:
             advance(0, passes[0].model)
-            timed += _with_times(passes, configs, seconds)
+            timed += _with_times(passes, each, seconds)
             advance(1)
     return timed
 

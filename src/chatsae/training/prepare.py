@@ -7,7 +7,6 @@ from chatsae.config import RunConfig
 from chatsae.data.store.manifest import Manifest
 from chatsae.data.store.prepare import Engine, prepare
 from chatsae.data.store.summary import warnings
-from chatsae.errors import UserError
 from chatsae.lm.load import load_tokenizer
 
 
@@ -18,11 +17,6 @@ def prepare_data(config: RunConfig, out: Path, *, engine: Engine = "local") -> M
         UserError: the recipe, the tokenizer, a source or the directory is not usable.
     """
     data = config.data
-    for name, value in (("max_tokens", data.max_tokens or 0), ("memory_gb", data.memory_gb), ("workers", data.workers)):
-        if value < 0:
-            raise UserError(f"data.{name} must not be negative, not {value}")
-    if min(data.held_out) < 0:
-        raise UserError(f"data.held_out must not be negative, not {data.held_out}")
     tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
     max_tokens = config.train.tokens if data.max_tokens is None else data.max_tokens
     manifest = prepare(data, tokenizer, out, seed=config.train.seed, max_tokens=max_tokens, engine=engine)

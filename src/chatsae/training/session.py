@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from chatsae import console
-from chatsae.config import RunConfig, SAESpec, sae_specs
+from chatsae.config import RunConfig, SAESpec, check_run, sae_specs
 from chatsae.data.store.manifest import changes, manifest_digest
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
@@ -19,7 +19,7 @@ from chatsae.files import read_object, write_json
 from chatsae.lm.load import LanguageModel, load_model
 from chatsae.run_model import remember_model
 from chatsae.runs import Run
-from chatsae.sae.grid import build_grid
+from chatsae.sae.grid import build_grid, check_fits
 from chatsae.training.calibrate import duration, predict_run
 from chatsae.training.loop import Summary, make_states, train_states
 from chatsae.training.overlap import overlaps, shared_threads
@@ -32,7 +32,7 @@ def train_run(config: RunConfig, out: Path) -> Summary:
     Raises:
         UserError: the recipe, the model, the data or the directory is not usable.
     """
-    check(config)
+    check_run(config)
     with ExitStack() as stack:
         run = stack.enter_context(closing(Run.open(out, config)))
         finished = _finished(run)
@@ -42,6 +42,8 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         checkpoint = run.load_checkpoint()
         resumes, seed = checkpoint is not None, config.train.seed
         lm = load_model(remember_model(run, resumes=resumes))
+        specs = sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in)
+        check_fits(specs)
         tally: Counter[str] = Counter()
         facts = _remembered(
             run, "data.json", resumes, lambda before: data_facts(config.data, lm.tokenizer, seed=seed, before=before)
@@ -53,7 +55,6 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         done = 0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"]
         acts = activations(config, lm, skip=done, facts=facts, how=how, tally=tally)
         stack.callback(acts.close)
-        specs = sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in)
         saes = build_grid(specs, seed=config.train.seed)
         for sae in saes.values():
             sae.to(lm.device)
@@ -113,38 +114,6 @@ def _how(how: dict[str, Any]) -> str:
     refused = "".join(f"; not {way}: {reason}" for way, reason in how["refused"].items())
     prefix = ", the template's prefix once" if how["prefix"] else ""
     return f"{how['way']}, {how['token_budget']:,} tokens per forward{prefix} ({exact}){refused}"
-
-
-def check(config: RunConfig) -> None:
-    """Refuse values that no run can have.
-
-    Raises:
-        UserError: names the field, what it holds and what was expected.
-    """
-    positive = {
-        "data.max_length": config.data.max_length,
-        "data.block_size": config.data.block_size,
-        "harvest.pool": config.harvest.pool,
-        "train.batch_size": config.train.batch_size,
-        "train.log_every": config.train.log_every,
-        "train.checkpoint_every": config.train.checkpoint_every,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
-    if config.harvest.token_budget < 0:
-        raise UserError(
-            f"harvest.token_budget must be at least 1, or 0 for automatic, not {config.harvest.token_budget}"
-        )
-    if config.train.tokens < config.train.batch_size:
-        raise UserError(f"train.tokens is {config.train.tokens}, less than one batch of {config.train.batch_size}")
-    if not config.model.layers:
-        raise UserError("model.layers is empty; at least one layer is needed")
-    for name in ("lr_warmup_share", "lr_decay_share", "sparsity_warmup_share", "lr_end_share"):
-        if not 0 <= getattr(config.train, name) <= 1:
-            raise UserError(f"train.{name} must be between 0 and 1, not {getattr(config.train, name)}")
-    if config.train.lr_warmup_share + config.train.lr_decay_share > 1:
-        raise UserError("train.lr_warmup_share and train.lr_decay_share add up to more than 1")
 
 
 def _finished(run: Run) -> Summary | None:
