@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
@@ -15,16 +17,17 @@ from chatsae.cli_serve import Serve
 from chatsae.cli_steer import Steer, Tokens
 from chatsae.config import Method, RunConfig
 from chatsae.errors import UserError
-from chatsae.recipe import load_recipe
+from chatsae.recipe import load_recipe, run_recipe
+from chatsae.typed import Count, Flags, Grid, Natural, Number, OutDir, OutFile, Positive
 
 _Flat = Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
 @dataclass
-class Demo:
+class Demo(Flags):
     """Train FAST, BT(F) and BT(P) SAEs on the bundled chat model and compare them (a few minutes on two cores)."""
 
-    out: Path = Path("runs/demo")
+    out: OutDir = Path("runs/demo")
     """Directory of the three runs and of compare.json."""
     recipe: Path | None = None
     """Another recipe than the demo's; its method is ignored, all three are trained."""
@@ -36,12 +39,12 @@ class Demo:
 
 
 @dataclass
-class Train:
+class Train(Flags):
     """Train the grid of a recipe from one pass of the language model; an interrupted run goes on where it stopped."""
 
     recipe: tyro.conf.Positional[Path]
     """YAML file; every field below can be set in it and overridden by a flag."""
-    out: Path | None = None
+    out: OutDir | None = None
     """Run directory; by default runs/NAME-METHOD, NAME being the recipe's file name."""
     config: _Flat = field(default_factory=RunConfig)
 
@@ -56,7 +59,7 @@ class Train:
 
 
 @dataclass
-class Prepare:
+class Prepare(Flags):
     """Read, normalise, deduplicate, split and tokenise the data of a recipe once, for every method and run.
 
     Writes shards and manifest.json; `chatsae train RECIPE --data.prepared DIR` reads them. An interrupted preparation
@@ -65,7 +68,7 @@ class Prepare:
 
     recipe: tyro.conf.Positional[Path]
     """YAML file; every field below can be set in it and overridden by a flag."""
-    out: Path | None = None
+    out: OutDir | None = None
     """Directory to write; by default data.prepared of the recipe, or data/NAME, NAME being the recipe's file name."""
     engine: Literal["local", "spark"] = "local"
     """spark: find shared n-grams on an existing Spark (needs chatsae[spark]); the same dialogues are kept."""
@@ -84,12 +87,12 @@ class Prepare:
 
 
 @dataclass
-class Eval:
+class Eval(Flags):
     """Evaluate the SAEs of a run on held-out dialogues, each fed whole; writes report.json."""
 
     run: tyro.conf.Positional[Path]
     """Run directory, or a directory of runs (a demo), each of which is evaluated."""
-    dialogues: int | None = None
+    dialogues: Count | None = None
     """Held-out dialogues; by default eval.dialogues of the run."""
     sources: tuple[str, ...] = ()
     """Other corpora to evaluate on, as data.sources has them; dialogues that were trained on are refused."""
@@ -121,18 +124,18 @@ class Eval:
 
 
 @dataclass
-class Compare:
+class Compare(Flags):
     """Set evaluated runs side by side, the best value of each group marked."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories."""
-    matched_l0: tuple[float, ...] | None = None
+    matched_l0: tuple[Positive, ...] | None = None
     """Also read every method off at these L0 values, between its SAEs; without a value, at five that they share."""
-    figure: Path | None = None
+    figure: OutFile | None = None
     """Also draw MSE and Delta Loss over L0: a .png or .svg file, or without a suffix both (needs chatsae[figures])."""
     paper: str | None = None
     """Model of the paper whose rows are shown, where the runs' model has another name (a local copy, say)."""
-    out: Path | None = None
+    out: OutFile | None = None
     """Also write what --json prints to this file."""
     json: bool = False
     """Print JSON on stdout in place of the tables."""
@@ -147,7 +150,7 @@ class Compare:
 
 
 @dataclass
-class Sweep:
+class Sweep(Flags):
     """Train a sweep of sparsity coefficients per method, one pass each, and compare the methods at equal L0.
 
     A coefficient of the recipe becomes a geometric grid around it; several in the recipe or on the command line are
@@ -156,15 +159,15 @@ class Sweep:
 
     recipe: tyro.conf.Positional[Path]
     """YAML file; every field below can be set in it and overridden by a flag. Its method is ignored."""
-    out: Path | None = None
+    out: OutDir | None = None
     """Directory of the runs, compare.json, matched.json and pareto.png; by default runs/NAME-sweep."""
-    methods: tuple[Method, ...] = ("fast", "bt-f", "bt-p")
+    methods: Annotated[tuple[Method, ...], Grid()] = ("fast", "bt-f", "bt-p")
     """Methods to train, one pass of the language model each."""
-    points: int = 5
+    points: Annotated[int, Number(least=2, most=1000)] = 5
     """Coefficients per architecture."""
-    span: float = 4.0
+    span: Annotated[float, Number(above=1)] = 4.0
     """The grid goes from the recipe's coefficient / SPAN to coefficient x SPAN."""
-    matched_l0: tuple[float, ...] = ()
+    matched_l0: tuple[Positive, ...] = ()
     """L0 values to compare at; by default five that most methods share."""
     json: bool = False
     """Print JSON on stdout in place of the tables."""
@@ -179,29 +182,31 @@ class Sweep:
 
 
 @dataclass
-class Plan:
+class Plan(Flags):
     """What recipes would train: passes, SAE names, memory, FLOPs, and the time that takes here. Loads no weights."""
 
     recipes: tyro.conf.Positional[tuple[Path, ...]]
-    """YAML files, or run directories."""
-    methods: tuple[Method, ...] = ("fast", "bt-f", "bt-p")
-    """One pass is planned per recipe and method."""
-    seconds: float = 10
+    """YAML files, or run directories; every field below is overridden in each by a flag, as `chatsae train` does."""
+    methods: Annotated[tuple[Method, ...], Grid()] = ("fast", "bt-f", "bt-p")
+    """One pass is planned per recipe and method; with --data.method that one by default."""
+    seconds: Annotated[float, Number(least=0)] = 10
     """Seconds of measuring on this machine per recipe, which predict the times; 0: no times."""
     json: bool = False
     """Print JSON on stdout in place of the table."""
+    config: _Flat = field(default_factory=RunConfig)
 
-    def __call__(self) -> None:
-        from chatsae.training.plan import plan_recipes, plan_table
+    def __call__(self, configs: Sequence[RunConfig] = ()) -> None:
+        from chatsae.training.plan import plan_configs, plan_table
 
         if not self.recipes:
             raise UserError("plan needs at least one recipe")
-        passes = plan_recipes(self.recipes, self.methods, self.seconds)
+        named = [(path.name, config) for path, config in zip(self.recipes, configs, strict=True)]
+        passes = plan_configs(named, self.methods, self.seconds)
         console.result([p.facts() for p in passes] if self.json else plan_table(passes))
 
 
 @dataclass
-class Show:
+class Show(Flags):
     """Say what a directory holds: a run, a demo, prepared data, or an SAE of ours or of sae_lens."""
 
     path: tyro.conf.Positional[Path]
@@ -217,7 +222,7 @@ class Show:
 
 
 @dataclass
-class Bench:
+class Bench(Flags):
     """Measure a part of chatsae on this machine, other libraries beside it; exits 1 when a claim does not hold."""
 
     name: tyro.conf.Positional[Literal["dedup", "harvest", "sae-step", "buffer", "overlap", "eval"]]
@@ -229,14 +234,14 @@ class Bench:
     eval: 1, 4 and 16 SAEs of a layer in one pass, beside whole forwards and sae_lens' run_evals."""
     source: tuple[str, ...] = ("pydocs",)
     """dedup: dialogues to measure on, sources as data.sources of a recipe has them."""
-    size: int = 0
+    size: Natural = 0
     """dedup: samples, made of the dialogues and of rewritten copies of them; 0: 20,000, about a minute.
     harvest, eval: d_in of the models; 0: 256 (12 M parameters, minutes), on a GPU 896 (harvest).
     buffer: d_in of the activations; 0: 256, 896 and 3584.
     overlap: steps of each part; 0: 300."""
     recipe: Path | None = None
     """overlap: recipe to train in place of the demo's; its number of tokens is ignored."""
-    median: int = 300
+    median: Count = 300
     """harvest: median length of a dialogue in tokens."""
     peer: Path | None = None
     """harvest, eval: Python interpreter that has sae_lens; by default that of `make parity`, if it is there.
@@ -246,15 +251,15 @@ class Bench:
     architectures: tuple[str, ...] = ()
     """sae-step: standard, jumprelu. This and the next four give every combination; of what is not given, both
     architectures, d_in 256, 8x, 128 tokens, L0 64."""
-    d_in: tuple[int, ...] = ()
+    d_in: tuple[Count, ...] = ()
     """sae-step: dimensions of the activations."""
-    expansion_factors: tuple[int, ...] = ()
+    expansion_factors: tuple[Count, ...] = ()
     """sae-step: d_sae / d_in."""
-    batch_sizes: tuple[int, ...] = ()
+    batch_sizes: tuple[Count, ...] = ()
     """sae-step: tokens per step."""
     l0: tuple[str, ...] = ()
     """sae-step: features that are active on a token, or dense: half of all."""
-    rounds: int = 0
+    rounds: Natural = 0
     """sae-step: turns that everyone gets in each case; 0: 9, with --full 5."""
     json: bool = False
     """Print JSON on stdout in place of the tables."""
@@ -310,19 +315,20 @@ _VERBS = {
     "show": Show,
     "bench": Bench,
 }
-_WITH_RECIPE = {"prepare": Prepare, "train": Train, "sweep": Sweep}
+_WITH_RECIPE: dict[str, Any] = {"prepare": Prepare, "train": Train, "sweep": Sweep}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0, 2 for a user's mistake, 130 after Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv in (["--version"], ["-V"]):
-        from importlib.metadata import version
-
-        console.result(version("chatsae"))
-        return 0
     try:
-        _parse(argv or ["--help"])()
+        with console.streams():
+            if argv in (["--version"], ["-V"]):
+                from importlib.metadata import version
+
+                console.result(version("chatsae"))
+            else:
+                _parse(argv or ["--help"])()
     except UserError as error:
         console.fail(str(error))
         return 2
@@ -338,22 +344,57 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> Callable[[], None]:
+    """The verb with its values; those of its recipe are the defaults of its flags, wherever the recipe stands."""
+    if argv[0] == "plan":
+        return _parse_plan(argv)
+    if argv[0] not in _WITH_RECIPE or len(argv) == 1:
+        return _cli(argv)
+    verb = _WITH_RECIPE[argv[0]]
+    if argv[1].startswith("-"):
+        if {"-h", "--help"} & set(argv):
+            return _cli(argv)
+        recipe = _cli(argv).recipe
+    else:
+        recipe = Path(argv[1])
+    parsed = _cli(argv, verb(recipe=recipe, config=load_recipe(recipe)))
+    if verb is Sweep and _given(argv, "--data.method"):
+        raise UserError("--data.method: a sweep trains every one of its --methods; leave it out")
+    return parsed
+
+
+def _parse_plan(argv: list[str]) -> Callable[[], None]:
+    """`plan` reads its flags once per recipe, whose values they change."""
+    recipes = [Path(word) for word in takewhile(lambda word: not word.startswith("-"), argv[1:])]
+    if not recipes and not {"-h", "--help"} & set(argv):
+        recipes = list(_cli(argv).recipes)
+    if not recipes:
+        return _cli(argv)
+    each = [_cli(argv, Plan(recipes=(path,), config=load_recipe(run_recipe(path)))) for path in recipes]
+    plan = each[0]
+    if _given(argv, "--data.method") and not _given(argv, "--methods"):
+        plan.methods = (plan.config.data.method,)
+    return partial(plan, [one.config for one in each])
+
+
+def _given(argv: list[str], flag: str) -> bool:
+    return any(word == flag or word.startswith(f"{flag}=") for word in argv)
+
+
+def _cli(argv: list[str], default: Any = None) -> Any:
+    """The verb that is called, with its values; `default` holds those of flags that are not given."""
     verbs = {name: tyro.conf.subcommand(name, prefix_name=False) for name in _VERBS}
-    verb = _WITH_RECIPE.get(argv[0])
-    if verb is not None and len(argv) > 1 and not argv[1].startswith("-"):
-        recipe = Path(argv[1])  # the recipe's values become the defaults of the flags
-        default = verb(recipe=recipe, config=load_recipe(recipe))
+    if default is not None:
         verbs[argv[0]] = tyro.conf.subcommand(argv[0], prefix_name=False, default=default)
-        argv = [argv[0], *argv[2:]]
     annotated: Any = Annotated  # types made at run time, which a type checker would take for wrong annotations
     union: Any = Union
     kinds = tuple(annotated[verb, verbs[name]] for name, verb in _VERBS.items())
-    return tyro.cli(
-        union[kinds],
-        prog="chatsae",
-        description="Train, judge and steer sparse autoencoders on instruct language models, dialogue by dialogue.",
-        args=argv,
-    )
+    with console.told_visibly(argv):
+        return tyro.cli(
+            union[kinds],
+            prog="chatsae",
+            description="Train, judge and steer sparse autoencoders on instruct language models, dialogue by dialogue.",
+            args=argv,
+        )
 
 
 if __name__ == "__main__":

@@ -2,16 +2,17 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from chatsae import console
 from chatsae.errors import UserError
+from chatsae.typed import Count, Dollars, Finite, Flags, Natural, Number, OutDir, OutFile, Positive, SmallSeed
 
 
 @dataclass
-class Features:
+class Features(Flags):
     """Find out what the features of a run's SAEs respond to, on the dialogues held out for interpretation.
 
     Builds RUN/features/SAE when it is missing (docs/features.md): strongest and sampled contexts, densities,
@@ -28,23 +29,23 @@ class Features:
     """Show which features fire on each token of this text, as the user's turn of a dialogue."""
     raw: bool = False
     """Take --text as it is, without the chat template."""
-    like: int | None = None
+    like: Natural | None = None
     """Show the features whose decoder directions are closest to this one's, and those that fire with it."""
-    dialogues: int | None = None
+    dialogues: Count | None = None
     """Dialogues of the interpretation split; by default as before, else 10,000."""
-    features: int | None = None
+    features: Natural | None = None
     """Live features with contexts, chosen by --seed, 0: all; by default as before, else 512."""
-    only: tuple[int, ...] = ()
+    only: tuple[Natural, ...] = ()
     """Print these features; they get contexts where they have none."""
-    contexts: int | None = None
+    contexts: Count | None = None
     """Strongest contexts of each feature; by default as before, else 20."""
-    window: int | None = None
+    window: Count | None = None
     """Tokens of a context; by default as before, else 64."""
     one_per_dialogue: bool | None = None
     """Whether the strongest contexts of a feature are of different dialogues; by default as before, else True."""
-    seed: int | None = None
+    seed: SmallSeed | None = None
     """Chooses features and samples; by default as before, else 0."""
-    rows: int = 20
+    rows: Count = 20
     """Features to print."""
     rebuild: bool = False
     """Build it anew, whatever is there."""
@@ -79,7 +80,7 @@ class Features:
 
 
 @dataclass
-class Judge:
+class Judge(Flags):
     """Score the features of a run's SAEs from 1 to 5 by the paper's rubric, and how far the judge can be believed.
 
     Finds the features' contexts first where they are missing (`chatsae features`); writes RUN/judge/SAE/JUDGE-N.json,
@@ -103,37 +104,37 @@ class Judge:
     params: str = "{}"
     """openai: JSON object of sampling parameters beside or in place of temperature 0.1, max_tokens 256 and seed; null
     takes one away."""
-    concurrency: int = 8
+    concurrency: Annotated[int, Number(least=1, most=1024)] = 8
     """openai: most calls at once; fewer while the server says that it is too much."""
-    timeout: float = 120.0
+    timeout: Positive = 120.0
     """openai: seconds to wait for an answer."""
     contexts: Literal[5, 20] = 20
     """Strongest contexts of a feature that are judged; the paper has 5, with which chance alone scores higher."""
-    features: int | None = None
+    features: Natural | None = None
     """Features to judge, drawn by --seed, 0: all that have contexts. By default all, or as the paper 128 of openai."""
     activations: bool = False
     """Show the model how active the feature is."""
-    repeat: int = 1
+    repeat: Count = 1
     """Times that every feature is judged, the contexts in another order each time."""
     also: tuple[Literal["detection", "intruder"], ...] = ()
     """detection: tell windows in which a feature is active from others, by its explanation (balanced accuracy).
     intruder: tell which of five contexts is not one of the feature's."""
-    controls: int | None = None
+    controls: Natural | None = None
     """Random directions that are judged beside an SAE's features, and features of a model with random weights; by
     default 64, of openai and replay 20. 0: none."""
     null_run: Path | None = None
     """Run of the same recipe with model.random-weights; by default one beside RUN, if there is one."""
-    dialogues: int | None = None
+    dialogues: Count | None = None
     """Dialogues of the interpretation split; by default as before, else 10,000."""
-    seed: int = 0
+    seed: SmallSeed = 0
     """Chooses features, the order of contexts, and what the judge is calibrated on."""
     dry_run: bool = False
     """Only print the calls, tokens and dollars that it would take."""
-    budget: float | None = None
+    budget: Dollars | None = None
     """Dollars; it ends before the call that could cost more than is left. Needs the prices."""
-    price_in: float | None = None
+    price_in: Dollars | None = None
     """Dollars per million tokens of prompts."""
-    price_out: float | None = None
+    price_out: Dollars | None = None
     """Dollars per million tokens of answers."""
     json: bool = False
     """Print what was found on stdout in place of the table."""
@@ -146,7 +147,7 @@ class Judge:
 
 
 @dataclass
-class Export:
+class Export(Flags):
     """Write a run's features, its evaluation or its steering in the formats of other tools; nothing is sent.
 
     docs/exports.md has the formats. Features are those that have contexts; they are found first where they are missing
@@ -170,17 +171,17 @@ class Export:
     its batch files. delphi: its cache of latents, for which the model reads the dialogues once. saebench: the result
     of its core evaluation, from report.json. Of steering: gguf: a control vector of llama.cpp. repeng: of repeng.
     neuronpedia-vector: the body of a new vector. bias: the model itself, with the constant in a bias."""
-    feature: int | None = None
+    feature: Natural | None = None
     """Of steering: feature whose unit decoder row is added."""
-    alpha: float | None = None
+    alpha: Finite | None = None
     """Of steering: strength, multiples of the unit decoder row as in `chatsae steer`; below 0 against it."""
     recipe: Path | None = None
     """Of steering: file of specs in place of --feature and --alpha (docs/steering.md)."""
     sae: str | None = None
     """SAE of the run by name; by default all, of steering the only one."""
-    out: Path | None = None
+    out: OutDir | None = None
     """Directory to write to; by default RUN/exports/FORMAT."""
-    features: int = 0
+    features: Natural = 0
     """Features to export, drawn as `chatsae judge` draws them; 0: all that have contexts."""
     model_id: str = ""
     """Id of the model on the other side; by default made of its name."""
@@ -208,7 +209,7 @@ class Export:
 
 
 @dataclass
-class Report:
+class Report(Flags):
     """Write one HTML file about runs that opens anywhere, offline: figures, training, features, contexts, scores.
 
     What is missing of features and scores is made first (`chatsae features`, the pattern judge); docs/report.md.
@@ -216,15 +217,15 @@ class Report:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories, or a directory of runs (a demo)."""
-    out: Path | None = None
+    out: OutFile | None = None
     """File to write; by default report.html in the directory that is given, of several in the working directory."""
     sae: tuple[str, ...] = ()
     """SAEs whose features are shown; by default of one run all, of several runs the first of each."""
-    features: int = 512
+    features: Count = 512
     """Features of each, at most."""
-    contexts: int = 20
+    contexts: Count = 20
     """Strongest contexts of each feature."""
-    dialogues: int | None = None
+    dialogues: Count | None = None
     """Dialogues to find features on, where that has not been done; by default 10,000, of the bundled model 300."""
     no_build: bool = False
     """Make nothing that is missing; the page says how to."""

@@ -2,12 +2,13 @@
 
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from chatsae import console
 from chatsae.errors import UserError
+from chatsae.typed import Count, Dollars, Flags, Natural, Number, OutFile, Positive, Share, SmallSeed
 
 _JUDGE = ("judge", "model", "base_url", "api_key_env", "params", "concurrency", "timeout", "dry_run")
 _MONEY = ("budget", "price_in", "price_out")
@@ -17,7 +18,7 @@ _SWEEP = ("relative", "questions", "seed", *_QUALITY, "figure", "concept", *_JUD
 
 
 @dataclass
-class Steer:
+class Steer(Flags):
     """Answer prompts with a feature of a run's SAE added to the residual stream, side by side over its strengths.
 
     Each strength is shown in units of the layer's median norm and of the feature's maximum, with what it does to the
@@ -31,7 +32,7 @@ class Steer:
 
     run: tyro.conf.Positional[Path]
     """Run directory."""
-    feature: int
+    feature: Natural
     """Feature whose decoder row is added; `chatsae tokens` finds those of the template's tokens."""
     alpha: tuple[str, ...] = ("0", "15", "25", "50", "100", "150", "200")
     """Strengths, multiples of the unit decoder row, by default the paper's. auto: the largest within --bound; a sweep
@@ -40,31 +41,31 @@ class Steer:
     """What the user asks; by default what three held-out dialogues ask, in a sweep --questions."""
     sae: str | None = None
     """SAE of the run by name, where it has several."""
-    max_new_tokens: int = 64
+    max_new_tokens: Count = 64
     """Tokens of an answer at most; greedy."""
-    bound: float = 0.5
+    bound: Positive = 0.5
     """Of auto: mean KL(steered || unsteered) in nats over the tokens of 32 held-out answers."""
     guard: bool = False
     """Lower the strength of an answer that repeats itself, collapses or strays (docs/steering.md)."""
-    dialogues: int = 400
+    dialogues: Count = 400
     """Dialogues of the steering split that are read for the answers."""
     sweep: bool = False
     """Run the whole experiment; all that follows but --json is about it."""
-    relative: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
+    relative: tuple[Annotated[float, Number(least=0)], ...] = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
     """Further strengths, in median norms of the layer's stream."""
     questions: Literal["general", "python"] | None = None
     """Ten questions that come with the package; by default python of the bundled model, general of any other."""
-    seed: int = 0
+    seed: SmallSeed = 0
     """Draws the random directions, the other features and the bootstrap."""
-    max_perplexity_ratio: float = 2.0
+    max_perplexity_ratio: Annotated[float, Number(least=1)] = 2.0
     """Quality holds: perplexity of the answer under the unsteered model, over that of the unsteered answer."""
-    max_repetition: float = 0.2
+    max_repetition: Share = 0.2
     """Quality holds: by how much the share of 3-grams that repeat may be larger than in the unsteered answer."""
-    share: float = 0.8
+    share: Annotated[float, Number(above=0, most=1)] = 0.8
     """Of the questions for which quality must hold, for a strength to be in the window."""
-    acts: float = 0.5
+    acts: Annotated[float, Number(above=0, most=1)] = 0.5
     """Of the questions whose answer must differ from the unsteered one, for the window to begin."""
-    figure: Path | None = None
+    figure: OutFile | None = None
     """Draw the sweep: PATH.png and PATH.svg, or the one that PATH names (chatsae[figures])."""
     concept: str | None = None
     """What the feature is about, for --judge; by default its best explanation in RUN/judge."""
@@ -79,17 +80,17 @@ class Steer:
     """openai: environment variable that holds the key."""
     params: str = "{}"
     """openai: JSON object of sampling parameters."""
-    concurrency: int = 8
+    concurrency: Annotated[int, Number(least=1, most=1024)] = 8
     """openai: most calls at once."""
-    timeout: float = 120.0
+    timeout: Positive = 120.0
     """openai: seconds to wait for an answer."""
     dry_run: bool = False
     """Only say what the judge would cost; the sweep itself is made."""
-    budget: float | None = None
+    budget: Dollars | None = None
     """Dollars at which grading ends. Needs the prices."""
-    price_in: float | None = None
+    price_in: Dollars | None = None
     """Dollars per million tokens of prompts."""
-    price_out: float | None = None
+    price_out: Dollars | None = None
     """Dollars per million tokens of answers."""
     json: bool = False
     """Print what was found on stdout in place of the text."""
@@ -137,7 +138,7 @@ class Steer:
 
 
 @dataclass
-class Tokens:
+class Tokens(Flags):
     """Find the features of the tokens that the chat template writes, as the paper's Tables 12-18 do.
 
     Read on the dialogues held out for steering; writes RUN/special_tokens.json.
@@ -147,9 +148,9 @@ class Tokens:
     """Run directory."""
     sae: tuple[str, ...] = ()
     """SAEs of the run by name; by default all."""
-    dialogues: int = 1000
+    dialogues: Count = 1000
     """Dialogues of the steering split."""
-    top: int = 5
+    top: Count = 5
     """Features of each token."""
     json: bool = False
     """Print JSON on stdout in place of the tables."""

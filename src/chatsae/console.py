@@ -1,11 +1,15 @@
 """The only place that prints: people read stderr, programs read stdout."""
 
+import errno
+import io
 import json
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,30 +17,100 @@ import rich.table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_people = Console(stderr=True, highlight=False, soft_wrap=True)
-_results = Console(highlight=False, soft_wrap=True)
+from chatsae.errors import UserError
+
+_people = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+_results = Console(highlight=False, soft_wrap=True, emoji=False)
 _WIDTH = 200
 _LOG_SECONDS = 15.0  # between progress lines where there is no terminal
 
 
+_ESCAPES = {
+    code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}"
+    for code in (
+        *(set(range(0x20)) - set(b"\n\t")),
+        *range(0x7F, 0xA0),
+        *(0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A)),  # separators, and what turns text round
+        *range(0xD800, 0xE000),  # bytes of a path that are no UTF-8, halves of a pair
+    )
+}
+
+
+def visible(text: str) -> str:
+    r"""Text without what a terminal obeys or cannot show: an escape sequence of a corpus becomes \x1b[31m."""
+    return text.translate(_ESCAPES)
+
+
 def say(text: str = "") -> None:
     """A line for people."""
-    _people.print(text, markup=False)
+    _tell(text)
 
 
 def warn(text: str) -> None:
     """A line about something that needs attention but stops nothing."""
-    _people.print(f"warning: {text}", style="yellow", markup=False)
+    _tell(f"warning: {text}", style="yellow")
 
 
 def fail(text: str) -> None:
     """The one line that explains why a command gives up."""
-    _people.print(f"error: {text}", style="bold red", markup=False)
+    _tell(f"error: {text}", style="bold red")
+
+
+def _tell(text: str, style: str | None = None) -> None:
+    with suppress(OSError):  # a full disk behind stderr: nobody can be told, and no training ends over it
+        _people.print(visible(text), style=style, markup=False)
 
 
 def result(value: Any) -> None:
     """A result on stdout: text as it is, anything else as JSON."""
-    _results.print(value if isinstance(value, str) else json.dumps(value, indent=2), markup=False)
+    _results.print(visible(value) if isinstance(value, str) else json.dumps(value, indent=2), markup=False)
+
+
+@contextmanager
+def streams() -> Iterator[None]:
+    """stdout and stderr as a command needs them: what they cannot encode is escaped, a closed pipe ends it quietly.
+
+    Raises:
+        UserError: a full disk, behind stdout (say) or a file without a name.
+        SystemExit: the reader of a pipe has gone; 1, as in Python's own tools.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard_stdout()
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF):
+            raise
+        _discard_stdout()
+        raise UserError(f"the output cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def told_visibly(words: Sequence[str]) -> Iterator[None]:
+    """Let what a parser of these words prints on stderr through `visible`, where they need it."""
+    if all(visible(word) == word for word in words):
+        yield
+        return
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            yield
+    finally:
+        if told.getvalue():
+            _tell(told.getvalue().rstrip("\n"))
+
+
+def _discard_stdout() -> None:
+    """Let the interpreter's own flush at its end succeed."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager
@@ -45,6 +119,7 @@ def progress(task: str, total: int | None) -> Iterator[Callable[..., None]]:
 
     Without a terminal a line is printed every 15 seconds instead.
     """
+    task = visible(task)
     if not _people.is_terminal:
         with _progress_lines(task, total) as advance:
             yield advance
@@ -65,7 +140,7 @@ def progress(task: str, total: int | None) -> Iterator[Callable[..., None]]:
         def advance(n: int = 1, note: str | None = None) -> None:
             bar.update(bar_id, advance=n)
             if note is not None:
-                bar.update(bar_id, note=note)
+                bar.update(bar_id, note=visible(note))
 
         yield advance
 
@@ -151,7 +226,7 @@ def table(
             grid.add_section()
         peers = [other for other in ranked if group is None or other.get(group) == row.get(group)]
         grid.add_row(*(c.cell(row) + ("*" if _is_best(c, row, peers) else "") for c in columns))
-    console = Console(width=_WIDTH, highlight=False, color_system=None, markup=False)
+    console = Console(width=_WIDTH, highlight=False, color_system=None, markup=False, emoji=False)
     with console.capture() as capture:
         console.print(grid)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())

@@ -105,6 +105,9 @@ class Options:
             raise UserError("judge needs at least one run directory")
         if self.null_run is not None and (len(self.runs) > 1 or self.controls == 0):
             raise UserError("--null-run stands beside one run, and needs --controls above 0")
+        if self.kind not in ("pattern", "openai", "local", "replay"):
+            raise UserError(f"--judge {self.judge} is none of pattern, openai, local, replay:FILE")
+        self.sampling()
         if self.also and self.kind == "pattern":
             raise UserError("--also needs a language model as the judge; the pattern judge has its own held-out check")
 
@@ -148,8 +151,6 @@ def judge(options: Options) -> tuple[dict[str, Any], str]:
     Raises:
         UserError: the judge does not exist or cannot be asked, or the budget is spent.
     """
-    if options.kind not in ("pattern", "openai", "local", "replay"):
-        raise UserError(f"--judge {options.judge} is none of pattern, openai, local, replay:FILE")
     runs = [Run.read(path) for path in _run_paths(options.runs)]
     found: dict[str, dict[str, Any]] = {}
     texts, left = [], options.budget
