@@ -4,6 +4,7 @@ import difflib
 import json
 import math
 import secrets
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,20 +60,20 @@ class FeaturesRequest:
 
 
 def parse(body: bytes) -> dict[str, Any]:
-    """The JSON object of a body.
+    """The JSON object of a body. Fields that are null, at any depth, are absent.
 
     Raises:
-        ApiError: it is none.
+        ApiError: it is not an object, or a field of one is given twice.
     """
     try:
-        data = json.loads(body, parse_constant=_no_constant)
+        data = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_object)
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
     except ValueError as error:  # UnicodeDecodeError, JSONDecodeError, a number of too many digits
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise ApiError(400, f"the body must be a JSON object, not {_kind(data)}", code="invalid_json")
-    return {key: value for key, value in data.items() if value is not None}
+    return data
 
 
 def chat_request(data: dict[str, Any], model: str) -> ChatRequest:
@@ -140,8 +141,7 @@ class _Fields:
     def take(self, name: str, kinds: Any, wanted: str, *, default: Any = ...) -> Any:
         """The value of a field; without a default it must be there."""
         self._known.append(name)
-        if self._left.get(name) is None:
-            self._left.pop(name, None)
+        if name not in self._left:
             if default is ...:
                 raise ApiError(400, f"{self._prefix}{name} is missing", param=f"{self._prefix}{name}")
             return default
@@ -176,7 +176,7 @@ class _Fields:
                     message = f"{name} is not supported here, other than as {only}"
                     raise ApiError(400, message, param=name, code="unsupported_parameter")
             elif name not in ignored:
-                near = difflib.get_close_matches(name, [*self._known, *neutral, *ignored], n=1)
+                near = difflib.get_close_matches(name[:100], [*self._known, *neutral, *ignored], n=1)
                 hint = f"; perhaps {near[0]}" if near else ""
                 param = f"{self._prefix}{name[:100]}"
                 raise ApiError(400, f"unknown field {param}{hint}", param=param, code="unknown_parameter")
@@ -202,6 +202,10 @@ def _messages(value: list[Any]) -> tuple[dict[str, str], ...]:
 def _message(value: Any, at: str) -> dict[str, str]:
     if not isinstance(value, dict):
         raise ApiError(400, f"{at[:-1]} must be an object, not {_kind(value)}", param=at[:-1])
+    for name in ("tool_calls", "function_call", "tool_call_id"):
+        if value.get(name, []) != []:
+            message = f"{at}{name}: tool calls are not supported"
+            raise ApiError(400, message, param=f"{at}{name}", code="unsupported_parameter")
     fields = _Fields(value, at)
     role = fields.take("role", str, "a text")
     content = fields.take("content", (str, list), "a text or a list of text parts")
@@ -217,7 +221,11 @@ def _message(value: Any, at: str) -> dict[str, str]:
 def _part(value: Any, at: str) -> str:
     if not isinstance(value, dict) or value.get("type") != "text" or not isinstance(value.get("text"), str):
         raise ApiError(400, f'{at} must be {{"type": "text", "text": ...}}; only text is read', param=at)
-    return value["text"]
+    fields = _Fields(value, f"{at}.")
+    fields.take("type", str, "text")
+    text = fields.take("text", str, "a text")
+    fields.done(("annotations", "cache_control"))
+    return str(text)
 
 
 def _stops(value: str | list[Any]) -> tuple[str, ...]:
@@ -235,7 +243,7 @@ def _steering(value: Any) -> tuple[Mapping[str, Any], ...]:
         if not isinstance(entry, dict):
             raise ApiError(400, f"steering[{i}] must be an object, not {_kind(entry)}", param=f"steering[{i}]")
         _check_sizes(entry, f"steering[{i}]")
-    return tuple({k: v for k, v in entry.items() if v is not None} for entry in entries)
+    return tuple(entries)
 
 
 def _check_sizes(value: Any, at: str, depth: int = 0) -> None:
@@ -252,6 +260,14 @@ def _check_sizes(value: Any, at: str, depth: int = 0) -> None:
             _check_sizes(inner, at, depth + 1)
     elif isinstance(value, int) and abs(value) >= _LARGEST:
         raise ApiError(400, f"{at}: a whole number of at most {_LARGEST - 1} is needed", param=at)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        name = next(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
+        raise ApiError(400, f"the field {name[:100]!r} is given twice", code="invalid_json")
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _no_constant(name: str) -> float:
