@@ -1,11 +1,14 @@
 """The HTTP side: routes, limits on what is under way, and answers in the shape of OpenAI's."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+import copy
+from collections import Counter
+from collections.abc import Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import parse_qsl
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,18 +16,23 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
+from transformers import PreTrainedTokenizerBase
 
 from chatsae.errors import UserError
-from chatsae.serve.answer import Answer, Event, Failed
+from chatsae.serve.answer import Answer, Event
 from chatsae.serve.engine import Engine, stopping
 from chatsae.serve.errors import ApiError
-from chatsae.serve.http import Events, Gate, answer, body_of, gone, reply
+from chatsae.serve.http import Bodies, Events, Gate, answer, reply, too_many, while_connected
 from chatsae.serve.model import Served
 from chatsae.serve.replies import Said
-from chatsae.serve.requests import ChatRequest, chat_request, features_request, parse
+from chatsae.serve.requests import ChatRequest, FeaturesRequest, chat_request, features_request, parse
 from chatsae.steering.spec import SteerSpec
 
 T = TypeVar("T")
+
+_SHORT = 1 << 14  # bytes of a body; its tokens are made in a few ten milliseconds
+_PIECE = 1 << 14  # characters that are tokenised at a time to find out how many tokens a long text has
+_EDGE = 16  # tokens that a piece may have more than its part of the whole text
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,15 +50,31 @@ class Limits:
     """Under way and waiting; one more is told to come back."""
 
 
+class Lane:
+    """A thread that renders and tokenises, with a tokenizer of its own: a tokenizer is not for two threads."""
+
+    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.thread = ThreadPoolExecutor(1, name)
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """What the function gives. Functions run in the order in which they come."""
+        return await asyncio.get_running_loop().run_in_executor(self.thread, function, *args)
+
+
 class App:
-    """The state behind the routes; `stopping` refuses what is new."""
+    """The state behind the routes; `stopping` refuses what is new.
+
+    Long requests have a lane of their own, so that no short one waits for them.
+    """
 
     def __init__(self, served: Served, engine: Engine, limits: Limits) -> None:
         self.served, self.engine, self.limits = served, engine, limits
         self.stopping = False
         self._under_way = 0
-        self._reading = asyncio.Lock()
-        self._renderer = ThreadPoolExecutor(1, "render")  # a tokenizer is not for two threads
+        self._scale: asyncio.Task[None] | None = None
+        self._short, self._long = (Lane(name, served.lm.tokenizer) for name in ("short", "long"))
+        self._bodies = Bodies(limits.body_bytes, limits.body_seconds, limits.requests * limits.body_bytes)
 
     def asgi(self, key: str | None, hosts: Sequence[str]) -> Starlette:
         """The application; see `Gate`."""
@@ -68,7 +92,7 @@ class App:
             Exception: lambda request, error: answer(ApiError(500, "an error of the server; its log says more")),
         }
         gate = Middleware(Gate, key=key, hosts=hosts)
-        app = Starlette(routes=routes, middleware=[gate], exception_handlers=handlers, lifespan=self._lifespan)
+        app = Starlette(routes=routes, middleware=[gate], exception_handlers=handlers)
         app.router.redirect_slashes = False  # it would send clients wherever the Host header says
         return app
 
@@ -88,73 +112,82 @@ class App:
 
     async def chat(self, request: Request) -> Response:
         """An answer, whole or as a stream."""
-        body = await body_of(request, self.limits.body_bytes, self.limits.body_seconds)
-        asked = chat_request(parse(body), self.served.name)
-        release = self._slot()
-        try:
-            events: asyncio.Queue[Event] = asyncio.Queue()
-            writing = await self._answer(asked, events)
-            watch = asyncio.create_task(_watch(request, writing, events))
-
-            def finish() -> None:
-                watch.cancel()
-                writing.cancelled = True
-                release()
-
-        except BaseException:
-            release()
-            raise
-        try:
-            said = Said(asked, writing, events, self.served.name)
-            first = await said.first()
-            if not asked.stream:
-                whole = reply(await said.whole(first))
-                finish()
-                return whole
-            return Events(said.stream(first), self.limits.read_seconds, finish)
-        except BaseException:
-            finish()
-            raise
+        body = await self._bodies.read(request)
+        with ExitStack() as ending:
+            ending.enter_context(self._slot())
+            with while_connected(request.receive):
+                said = await self._answer(body)
+                ending.callback(said.cancel)
+                first = await said.first()
+                if not said.streams:
+                    return reply(await said.whole(first))
+            return Events(said.stream(first), self.limits.read_seconds, ending.pop_all().close)
 
     async def features(self, request: Request) -> Response:
         """The strongest features on each token."""
-        if request.method == "GET":
-            data: dict[str, Any] = _query(request)
-        else:
-            data = parse(await body_of(request, self.limits.body_bytes, self.limits.body_seconds))
-        asked = features_request(data, self.served.name)
-        self.served.check_saes(asked.saes)
-        release = self._slot()
-        try:
-            tokens = await self._rendered(lambda: self.served.tokens(asked))
-            return reply(await self._computed(lambda: self.served.features(asked, tokens)))
-        finally:
-            release()
+        get = request.method == "GET"
+        sent = request.scope["query_string"] if get else await self._bodies.read(request)
+        with self._slot(), while_connected(request.receive):
+            lane = self._lane(sent)
+            data = await lane.run(_query if get else parse, sent)
+            asked = await lane.run(features_request, data, self.served.name)
+            self.served.check_saes(asked.saes)
+            if lane is self._long:
+                await self._check_length(lane, asked)
+            tokens = await lane.run(self.served.tokens, asked, lane.tokenizer)
+            return await self._computed(lambda: reply(self.served.features(asked, tokens)))
 
-    async def _answer(self, asked: ChatRequest, events: "asyncio.Queue[Event]") -> Answer:
+    async def _answer(self, body: bytes) -> Said:
         """An answer that has been handed to the engine."""
-        row, most = await self._rendered(lambda: self.served.prompt(asked, self.limits.max_tokens))
+        lane = self._lane(body)
+        asked = await lane.run(lambda: chat_request(parse(body), self.served.name))
+        if lane is self._long:
+            await self._check_length(lane, asked)
+        row, most = await lane.run(self.served.prompt, asked, self.limits.max_tokens, lane.tokenizer)
         specs: tuple[SteerSpec, ...] = ()
         if asked.steering:
-            relative = await self._rendered(lambda: self.served.specs(asked.steering))
-            async with self._reading:
-                if self.served.needs_scale(relative):
-                    await _checked(asyncio.to_thread(self.served.read_scale))
+            relative = await lane.run(self.served.specs, asked.steering)
+            if self.served.needs_scale(relative):
+                await self._read_scale()
             specs = await self._computed(lambda: self.served.absolute(relative))
+        events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
         def sink(event: Event) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server has been told to go at once
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        tokenizer = self.served.lm.tokenizer
         options: dict[str, Any] = {"sampling": asked.sampling, "max_new_tokens": most, "stops": asked.stops}
-        writing = Answer(row, tokenizer, sink, specs=specs, **options)
+        writing = Answer(row, self.served.lm.tokenizer, sink, specs=specs, **options)
         self.engine.submit(writing)
-        return writing
+        return Said(asked, writing, events, self.served.name)
 
-    async def _rendered(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._renderer, function)
+    def _lane(self, body: bytes) -> Lane:
+        return self._short if len(body) <= _SHORT else self._long
+
+    async def _check_length(self, lane: Lane, asked: ChatRequest | FeaturesRequest) -> None:
+        """Count the tokens of a long text, piece by piece: others have their turn between two pieces.
+
+        Raises:
+            ApiError: there are more than the context takes; no more of the text is read than it takes to see that.
+        """
+        text = await lane.run(self.served.text, asked, lane.tokenizer)
+        least = 0
+        for start in range(0, len(text), _PIECE):
+            least += await lane.run(self.served.count, text[start : start + _PIECE], lane.tokenizer) - _EDGE
+            if least > self.served.context:
+                raise self.served.too_long(asked, "more")
+
+    async def _read_scale(self) -> None:
+        """Read what relative strengths are measured on, once for all who need it, whoever of them goes away."""
+        if self._scale is None:
+            self._scale = asyncio.ensure_future(asyncio.to_thread(self.served.read_scale))
+        reading = self._scale
+        try:
+            await _checked(asyncio.shield(reading))
+        finally:
+            if reading.done() and self._scale is reading:
+                self._scale = None  # where it failed, the next request tries again
 
     async def _computed(self, function: Callable[[], T]) -> T:
         """What the engine's thread computes.
@@ -164,8 +197,9 @@ class App:
         """
         return await _checked(asyncio.wrap_future(self.engine.call(function)))
 
-    def _slot(self) -> Callable[[], None]:
-        """A place among the requests under way; gives what frees it.
+    @contextmanager
+    def _slot(self) -> Generator[None, None, None]:
+        """A place among the requests under way.
 
         Raises:
             ApiError: there is none.
@@ -173,22 +207,19 @@ class App:
         if self.stopping:
             raise stopping()
         if self._under_way >= self.limits.requests:
-            message = f"{self.limits.requests} requests are under way; ask again in a second"
-            raise ApiError(429, message, headers={"Retry-After": "1"})
+            raise too_many(f"{self.limits.requests} requests are under way")
         self._under_way += 1
-        held = [1]
+        try:
+            yield
+        finally:
+            self._under_way -= 1
 
-        def release() -> None:
-            self._under_way -= held.pop() if held else 0
-
-        return release
-
-    @asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncGenerator[None, None]:
-        yield
+    def close(self) -> None:
+        """End what is left, and the threads."""
         self.engine.drain(0.0)
-        await asyncio.to_thread(self.engine.join)
-        self._renderer.shutdown()
+        self.engine.join()
+        for lane in (self._short, self._long):
+            lane.thread.shutdown(cancel_futures=True)
 
 
 async def _checked(done: Awaitable[T]) -> T:
@@ -199,18 +230,18 @@ async def _checked(done: Awaitable[T]) -> T:
         raise ApiError(400, str(error)) from None
 
 
-async def _watch(request: Request, writing: Answer, events: "asyncio.Queue[Event]") -> None:
-    """Free the row of a client that goes away."""
-    await gone(request.receive)
-    writing.cancelled = True
-    events.put_nowait(Failed(ApiError(400, "the client has gone")))
-
-
-def _query(request: Request) -> dict[str, Any]:
+def _query(query: bytes) -> dict[str, Any]:
     """The query of a GET as the body of a POST."""
-    data: dict[str, Any] = {key: request.query_params[key] for key in request.query_params}
+    try:
+        pairs = parse_qsl(query.decode("ascii"), keep_blank_values=True, errors="strict")
+    except ValueError as error:  # bytes that are no UTF-8, or too many fields
+        raise ApiError(400, f"the query cannot be read: {str(error)[:200]}") from None
+    data: dict[str, Any] = dict(pairs)
+    for name, times in Counter(name for name, _ in pairs).items():
+        if times > 1 and name != "sae":
+            raise ApiError(400, f"{name[:100]} is given {times} times", param=name[:100])
     if "sae" in data:
-        data["sae"] = request.query_params.getlist("sae")
+        data["sae"] = [value for name, value in pairs if name == "sae"]
     if str(data.get("k", "")).isdecimal() and len(data["k"]) < 10:
         data["k"] = int(data["k"])
     if "raw" in data:

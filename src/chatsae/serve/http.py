@@ -3,11 +3,12 @@
 import asyncio
 import hashlib
 import hmac
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -58,35 +59,86 @@ class Gate:
         return None
 
 
-async def body_of(request: Request, most: int, seconds: float) -> bytes:
-    """The body of a request.
+class Bodies:
+    """Reads the bodies of requests: each has at most `most` bytes, all that are being read at most `together`."""
 
-    Raises:
-        ApiError: 415, it is not declared as JSON; 413, it is larger than `most` bytes; 408, it takes longer than
-            `seconds`.
-    """
+    def __init__(self, most: int, seconds: float, together: int) -> None:
+        self._most, self._seconds, self._left = most, seconds, together
+
+    async def read(self, request: Request) -> bytes:
+        """The body of a request.
+
+        Raises:
+            ApiError: 415, it is not declared as JSON; 413, it is too large; 408, it takes too long; 429, too many
+                bytes of other bodies are being read.
+        """
+        declared = request.headers.get("content-length", "")
+        too_large = declared.isdigit() and int(declared) > self._most
+        read, size = bytearray(), 0
+        try:
+            async with asyncio.timeout(self._seconds):
+                async for chunk in request.stream():
+                    size += len(chunk)
+                    too_large = too_large or size > self._most
+                    if not too_large:
+                        self._left -= len(chunk)
+                        read += chunk
+                        if self._left < 0:
+                            raise too_many("too many bytes are being sent")
+                    elif size > _DRAINED * self._most:
+                        break
+        except TimeoutError:
+            if not too_large:
+                message = f"the body did not come within {self._seconds:g} seconds"
+                raise ApiError(408, message, headers={"Connection": "close"}) from None
+        finally:
+            self._left += len(read)
+        if too_large:
+            raise ApiError(413, f"the body may have {self._most} bytes", headers={"Connection": "close"})
+        _check_kind(request)
+        return bytes(read)
+
+
+def too_many(what: str) -> ApiError:
+    """What a client is told that should come back when there is less to do."""
+    return ApiError(429, f"{what}; ask again in a second", headers={"Retry-After": "1"})
+
+
+def _check_kind(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    declared = request.headers.get("content-length", "")
-    too_large = declared.isdigit() and int(declared) > most
-    read, size = bytearray(), 0
-    try:
-        async with asyncio.timeout(seconds):
-            async for chunk in request.stream():
-                size += len(chunk)
-                too_large = too_large or size > most
-                if not too_large:
-                    read += chunk
-                elif size > _DRAINED * most:
-                    break
-    except TimeoutError:
-        if not too_large:
-            message = f"the body did not come within {seconds:g} seconds"
-            raise ApiError(408, message, headers={"Connection": "close"}) from None
-    if too_large:
-        raise ApiError(413, f"the body may have {most} bytes", headers={"Connection": "close"})
     if kind != "application/json":
         raise ApiError(415, f"Content-Type must be application/json, not {kind[:100] or 'absent'}")
-    return bytes(read)
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":
+        raise ApiError(415, f"Content-Encoding must be identity, not {encoding[:100] or 'empty'}")
+
+
+@contextmanager
+def while_connected(receive: Receive) -> Generator[None, None, None]:
+    """Cancels what is being done for a client that goes away; the request's body must have been read.
+
+    Raises:
+        ClientDisconnect: it has gone.
+    """
+    task, watch = asyncio.current_task(), asyncio.create_task(_gone(receive))
+    assert task is not None
+    inside = True
+
+    def leave(watch: asyncio.Task[None]) -> None:
+        if inside and not watch.cancelled():
+            task.cancel()
+
+    watch.add_done_callback(leave)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not watch.done():
+            raise
+        task.uncancel()
+        raise ClientDisconnect from None
+    finally:
+        inside = False
+        watch.cancel()
 
 
 class Events(Response):
@@ -99,12 +151,11 @@ class Events(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in self._events:
-                await self._send(send, {"type": "http.response.body", "body": event, "more_body": True})
-            await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
-        except TimeoutError:
-            return  # the connection is closed
+            with suppress(TimeoutError, ClientDisconnect), while_connected(receive):  # the server closes the connection
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                async for event in self._events:
+                    await self._send(send, {"type": "http.response.body", "body": event, "more_body": True})
+                await self._send(send, {"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             self._finish()
 
@@ -113,8 +164,7 @@ class Events(Response):
             await send(message)
 
 
-async def gone(receive: Receive) -> None:
-    """Returns when the client has gone, or has its answer."""
+async def _gone(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
 

@@ -1,16 +1,18 @@
 """The run that is served: its model, its SAEs by name, and what requests become beside them."""
 
 import copy
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from chatsae.batch import Dialogue, Message, TokenBatch
 from chatsae.data.render import render
 from chatsae.data.store.splits import split_tokens
-from chatsae.data.template import encode
+from chatsae.data.template import SkippedError, chat_template, encode
 from chatsae.errors import UserError
 from chatsae.features.lookup import on_tokens
 from chatsae.features.session import RunFeatures
@@ -27,10 +29,13 @@ from chatsae.steering.strength import Scale, absolute, measure_scale
 _SPECS = 16  # of one request
 _SCALE_DIALOGUES = 64
 _STRONGEST = 1e38  # float32 holds it
+_VALUES = 1 << 20  # features in one answer, some 50 bytes each
 
 
 class Served:
-    """A run's model and SAEs. `render`, `specs` and `tokens` may run in any one thread; the rest uses the model.
+    """A run's model and SAEs. What takes a tokenizer may run in any thread; so may `specs` and `read_scale`.
+
+    The rest uses the model.
 
     Attributes: name (of the model, as clients say it), lm, saes, context (tokens of a prompt and its answer at most).
 
@@ -46,7 +51,6 @@ class Served:
             raise UserError(f"{self.lm.name}: the tokenizer has no chat template; an instruct model is needed")
         self.name = Path(self.lm.name).name if Path(self.lm.name).is_absolute() else self.lm.name
         self.context = min(max_context, self.lm.max_positions or max_context)
-        self._tokenizer = copy.deepcopy(self.lm.tokenizer)  # one thread each
         self._few: TokenBatch | None = None
         self._scales: dict[str | int, Scale] = {}
         self._proven: set[int] = set()
@@ -62,24 +66,56 @@ class Served:
         facts = {"id": self.name, "object": "model", "created": 0, "owned_by": "chatsae"}
         return facts | {"context": self.context, "saes": saes}
 
-    def prompt(self, request: ChatRequest, most: int) -> tuple[Row, int]:
+    def text(self, request: ChatRequest | FeaturesRequest, tokenizer: PreTrainedTokenizerBase) -> str:
+        """What is going to be tokenised; nothing where the template refuses it.
+
+        Raises:
+            ApiError: there are more messages than the context has tokens.
+        """
+        if len(request.messages) > self.context:
+            raise self.too_long(request, "more")
+        if isinstance(request, FeaturesRequest) and request.raw:
+            return request.text or ""
+        turns = _turns(request)
+        if isinstance(request, ChatRequest):
+            turns = (*turns, Message("assistant", "Yes."))
+        try:
+            return chat_template(tokenizer).render(Dialogue("the messages", "", turns)).text
+        except SkippedError:
+            return ""
+
+    def count(self, text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+        """How many tokens a text has.
+
+        Raises:
+            ApiError: it is not valid Unicode.
+        """
+        return len(_encoded(text, tokenizer))
+
+    def too_long(self, request: ChatRequest | FeaturesRequest, n: int | str) -> ApiError:
+        """What a client is told whose messages, or text, have `n` tokens."""
+        chat = isinstance(request, ChatRequest)
+        param = "messages" if chat or request.text is None else "text"
+        more = f" and {request.max_tokens} for the answer" if chat and request.max_tokens is not None else ""
+        message = f"this model's context is {self.context} tokens; {param} holds {n}{more}"
+        return ApiError(400, message, param=param, code="context_length_exceeded")
+
+    def prompt(self, request: ChatRequest, most: int, tokenizer: PreTrainedTokenizerBase) -> tuple[Row, int]:
         """The rendered prompt, and how many tokens its answer may have.
 
         Raises:
             ApiError: the template refuses it, or there is no room.
         """
-        try:
-            row = row_of_prompt(request.messages, self._tokenizer)
-        except UserError as error:
-            raise ApiError(400, str(error), param="messages") from None
-        room = self.context - len(row)
         if request.max_tokens is not None and request.max_tokens > most:
             message = f"max_tokens is {request.max_tokens}; this server allows answers of {most} tokens"
             raise ApiError(400, message, param="max_tokens", code="invalid_value")
+        try:
+            row = row_of_prompt(_turns(request), tokenizer)
+        except UserError as error:
+            raise ApiError(400, str(error), param="messages") from None
+        room = self.context - len(row)
         if room < max(request.max_tokens or 1, 1):
-            asked = "" if request.max_tokens is None else f" and {request.max_tokens} for the answer"
-            message = f"this model's context is {self.context} tokens; the messages have {len(row)}{asked}"
-            raise ApiError(400, message, param="messages", code="context_length_exceeded")
+            raise self.too_long(request, len(row))
         return row, min(room, request.max_tokens or most)
 
     def specs(self, entries: Sequence[Mapping[str, Any]]) -> tuple[SteerSpec, ...]:
@@ -116,7 +152,7 @@ class Served:
         Raises:
             UserError: they cannot be read.
         """
-        config, tokenizer = self._features.run.config, copy.deepcopy(self._tokenizer)
+        config, tokenizer = self._features.run.config, copy.deepcopy(self.lm.tokenizer)
         try:
             few = split_tokens(config.data, tokenizer, "steer", sources=config.eval.sources, limit=_SCALE_DIALOGUES)
             self._few = TokenBatch.concat(list(few))
@@ -147,29 +183,33 @@ class Served:
             self_test(self.lm, list(new.values()))
             self._proven |= set(new)
 
-    def tokens(self, request: FeaturesRequest) -> TokenBatch:
+    def tokens(self, request: FeaturesRequest, tokenizer: PreTrainedTokenizerBase) -> TokenBatch:
         """What a features request is about, as tokens.
 
         Raises:
-            ApiError: it cannot be rendered, is empty, or too long.
+            ApiError: it cannot be rendered, is empty or too long, or too many features are asked for.
         """
-        text, messages = request.text, request.messages
-        if request.raw and text is not None:
-            try:
-                ids = encode(self._tokenizer, [text], offsets=False)["input_ids"][0]
-            except UnicodeEncodeError:
-                raise ApiError(400, "the text is not valid Unicode", param="text") from None
-            tokens = bare_tokens([torch.tensor(ids, dtype=torch.int64)])
+        param = "messages" if request.text is None else "text"
+        if request.raw:
+            tokens = bare_tokens([torch.tensor(_encoded(request.text or "", tokenizer), dtype=torch.int64)])
         else:
-            turns = (Message("user", text),) if text is not None else tuple(Message(**m) for m in messages)
+            cut = Counter[str]()
             try:
-                (tokens,) = render([Dialogue("the text", "", turns)], self._tokenizer)
+                dialogue = Dialogue("the text", "", _turns(request))
+                (tokens,) = render([dialogue], tokenizer, max_length=self.context, tally=cut)
             except UserError as error:
-                raise ApiError(400, str(error), param="messages" if text is None else "text") from None
+                raise ApiError(400, str(error), param=param) from None
+            if any(reason.startswith("cut at") for reason in cut):
+                raise self.too_long(request, "more")
         n = len(tokens.input_ids)
-        if not 0 < n <= self.context:
-            code = "context_length_exceeded" if n else None
-            raise ApiError(400, f"1 to {self.context} tokens can be read, not {n}", param="text", code=code)
+        if n > self.context:
+            raise self.too_long(request, n)
+        if not n:
+            raise ApiError(400, "the text is empty", param=param)
+        values = n * request.k * len(request.saes or self.saes)
+        if values > _VALUES:
+            message = f"{values} features are asked for (tokens x k x SAEs); an answer has at most {_VALUES}"
+            raise ApiError(400, message, param="k", code="invalid_value")
         return tokens
 
     def features(self, request: FeaturesRequest, tokens: TokenBatch) -> dict[str, Any]:
@@ -203,6 +243,21 @@ class Served:
             assert self._few is not None
             self._scales[key] = measure_scale(self.lm, self._few, spec.place, sae)
         return self._scales[key]
+
+
+def _turns(request: ChatRequest | FeaturesRequest) -> tuple[Message, ...]:
+    if isinstance(request, FeaturesRequest) and request.text is not None:
+        return (Message("user", request.text),)
+    return tuple(Message(**message) for message in request.messages)
+
+
+def _encoded(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ApiError(400, "the text is not valid Unicode", param="text") from None
+    ids: list[int] = encode(tokenizer, [text], offsets=False)["input_ids"][0]
+    return ids
 
 
 def _live(sae: SAE) -> int:

@@ -12,13 +12,18 @@ from chatsae.serve.requests import ChatRequest
 
 
 class Said:
-    """What is written to one client."""
+    """What is written to one client. Attributes: streams (whether in pieces)."""
 
     def __init__(self, asked: ChatRequest, writing: Answer, events: "asyncio.Queue[Event]", model: str) -> None:
         self._asked, self._writing, self._events = asked, writing, events
+        self.streams = asked.stream
         kind = "chat.completion.chunk" if asked.stream else "chat.completion"
         self._head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": kind, "created": int(time.time())}
         self._head["model"] = model
+
+    def cancel(self) -> None:
+        """Nobody listens any more: no further token is computed."""
+        self._writing.cancelled = True
 
     async def first(self) -> Piece | Done:
         """The first event.

@@ -3,17 +3,19 @@
 import asyncio
 import ipaddress
 import os
+import resource
 import shlex
 import signal
 import socket
+import sys
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from chatsae import console
 from chatsae.errors import UserError
@@ -24,6 +26,8 @@ from chatsae.serve.model import Served
 from chatsae.serve.probe import measure_margin
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LAST_SECONDS = 5.0  # to send what ends a stream
+_DESCRIPTORS = 100  # file descriptors for all else than connections
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,71 +71,107 @@ def serve_run(path: Path, options: Options) -> None:
         listening.close()
 
 
-async def _serve(app: App, listening: socket.socket, key: str | None, options: Options) -> None:
+def server_of(app: App, listening: socket.socket, key: str | None, options: Options) -> "Server":
+    """The server of the application, which leaves signals alone."""
     config = uvicorn.Config(
         app.asgi(key, ("localhost", options.host.strip("[]").lower(), listening.getsockname()[0])),
-        http=type("_Timed", (_Protocol,), {"seconds": options.body_seconds}),
+        http="h11",
         ws="none",
         loop="asyncio",
-        lifespan="on",
+        lifespan="off",
         log_config=None,
         log_level="error",
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=2 * options.requests + 256,
-        timeout_graceful_shutdown=int(options.grace) + 5,
     )
-    server = _Server(config)
+    return Server(config, options.body_seconds, app.limits.read_seconds)
+
+
+async def _serve(app: App, listening: socket.socket, key: str | None, options: Options) -> None:
+    server = server_of(app, listening, key, options)
     loop = asyncio.get_running_loop()
 
     def stop() -> None:
         again, app.stopping = app.stopping, True
-        app.engine.drain(0.0 if again else options.grace)
+        seconds = 0.0 if again else options.grace
+        app.engine.drain(seconds)
         server.should_exit = True
-        counts = app.engine.counts()
-        if not again and sum(counts.values()):
-            console.say(f"stopping: {sum(counts.values())} answers have {options.grace:g} seconds to end")
+        loop.call_later(seconds + _LAST_SECONDS, server.abort)
+        under_way = sum(app.engine.counts().values())
+        if under_way and not again:
+            console.say(f"stopping: {under_way} answers have {options.grace:g} seconds to end")
 
     for number in _SIGNALS:
         loop.add_signal_handler(number, stop)
     app.engine.start()
-    await server.serve(sockets=[listening])
+    try:
+        await server.serve(sockets=[listening])
+    finally:
+        app.close()
 
 
-class _Server(uvicorn.Server):
-    """Leaves the signals to `_serve`, which ends answers first and the process with exit code 0."""
+class Server(uvicorn.Server):
+    """uvicorn's server; it closes connections that wait for nothing, and leaves signals to whoever runs it.
+
+    A connection is quiet while no request on it is complete, or its client reads nothing of what is left to send.
+    Quiet ones are closed after a while, and before that, the oldest first, where file descriptors run short.
+    """
+
+    def __init__(self, config: uvicorn.Config, seconds: float, read_seconds: float) -> None:
+        """`seconds`: for a request to come; `read_seconds`: for a client to read."""
+        super().__init__(config)
+        self._seconds, self._read_seconds = seconds, read_seconds
+        self._quiet: dict[Any, tuple[Any, float]] = {}  # what a connection was last seen at, and since when
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(_DESCRIPTORS, soft // 2)
 
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
 
+    def abort(self) -> None:
+        """Close all connections, whatever is under way on them."""
+        for connection in list(self.server_state.connections):
+            cast(Any, connection).transport.abort()
 
-class _Protocol(H11Protocol):
-    """Ends connections whose request line and headers do not come within `seconds`."""
+    async def on_tick(self, counter: int) -> bool:
+        self._close_quiet(time.monotonic())
+        return await super().on_tick(counter)
 
-    seconds = 10.0
-    _late: asyncio.TimerHandle | None = None
+    def _close_quiet(self, now: float) -> None:
+        connections: Any = self.server_state.connections
+        before, self._quiet = self._quiet, {}
+        for connection in connections:
+            if (state := _state(connection)) is not None:
+                seen, since = before.get(connection, (None, now))
+                self._quiet[connection] = (state, since if seen == state else now)
+        spare = len(connections) - self._most
+        for connection, ((_, unsent), since) in sorted(self._quiet.items(), key=lambda item: item[1][1]):
+            kept_alive = connection.timeout_keep_alive_task is not None and not unsent  # uvicorn ends those
+            late = now - since > (self._read_seconds if unsent else self._seconds)
+            if spare > 0 or (late and not kept_alive):
+                _close(connection, self._seconds)
+                spare -= 1
 
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self._late = self.loop.call_later(self.seconds, self._end, None)
 
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:  # a request is here
-            if self._late is not None:
-                self._late.cancel()
-            self._late = None
-        elif self._late is None and not self.transport.is_closing():  # the beginning of another one
-            self._late = self.loop.call_later(self.seconds, self._end, self.cycle)
+def _state(connection: Any) -> tuple[Any, int] | None:
+    """What changes as long as something happens on a connection; None while a request is being answered."""
+    unsent = connection.transport.get_write_buffer_size()
+    cycle = connection.cycle
+    busy = cycle is not None and not cycle.response_complete and not connection.transport.is_closing()
+    return None if busy else (cycle, unsent)
 
-    def _end(self, cycle: object) -> None:
-        if self.cycle is cycle and not self.transport.is_closing():
-            body = as_json(ApiError(408, f"the request did not come within {self.seconds:g} seconds").facts())
-            head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
-            self.transport.write(b"HTTP/1.1 408 Request Timeout\r\n" + head.encode() + body)
-            self.transport.close()
+
+def _close(connection: Any, seconds: float) -> None:
+    transport = connection.transport
+    if transport.is_closing() or transport.get_write_buffer_size():
+        transport.abort()
+        return
+    body = as_json(ApiError(408, f"the request did not come within {seconds:g} seconds").facts())
+    head = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    transport.write(b"HTTP/1.1 408 Request Timeout\r\n" + head.encode() + body)
+    transport.close()
 
 
 def _check(options: Options) -> None:
