@@ -2,7 +2,6 @@
 
 import copy
 import json
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from chatsae.serve.text import Spelling
 from chatsae.steering.generate import ending_ids, generate
 from chatsae.steering.rows import row_of_prompt
 from chatsae.steering.spec import SteerSpec, Where
+from serve_process import PATIENCE, wait_until
 from tiny_models import tiny_model, tiny_tokenizer
 
 LAYER = 3
@@ -128,10 +128,10 @@ def test_other_caches_and_positions_give_the_same(tmp_path: Path, family: str) -
     ]
     engine = Engine(lm, margin)
     engine.start()
-    engine.call(lambda: [engine.submit(answer) for answer in waiting[:2]]).result(10)
+    engine.call(lambda: [engine.submit(answer) for answer in waiting[:2]]).result(PATIENCE)
     wait_until(lambda: len(waiting[0].new) > 2)
     engine.submit(waiting[2])
-    engine.drain(30.0)
+    engine.drain(PATIENCE)
     engine.join()
     assert not engine.rows.alone or margin is None
     for n, answer in zip((1, 4, 2), waiting, strict=True):
@@ -389,8 +389,8 @@ def test_what_breaks_ends_its_answers_and_nothing_else(
     (completion,) = generate(demo, PROMPTS[1:2], max_new_tokens=10, test=False).completions
     assert tuple(answers[1].new) == completion.token_ids
     with pytest.raises(ZeroDivisionError):
-        engine.call(lambda: 1 // 0).result(10)
-    assert engine.call(lambda: 7).result(10) == 7
+        engine.call(lambda: 1 // 0).result(PATIENCE)
+    assert engine.call(lambda: 7).result(PATIENCE) == 7
 
 
 def test_one_that_cannot_be_read_does_not_take_others_with_it(demo: LanguageModel, engine: Engine) -> None:
@@ -403,7 +403,7 @@ def test_one_that_cannot_be_read_does_not_take_others_with_it(demo: LanguageMode
     assert not any(poison in answer.row.input_ids for answer in answers[:3])
     handle = demo.model.register_forward_pre_hook(broken, with_kwargs=True)
     try:
-        engine.call(lambda: [engine.submit(answer) for answer in (answers[1], answers[3], answers[2])]).result(10)
+        engine.call(lambda: [engine.submit(answer) for answer in (answers[1], answers[3], answers[2])]).result(PATIENCE)
         wait_until(lambda: all(answer.over for answer in answers[1:]))
     finally:
         handle.remove()
@@ -429,7 +429,7 @@ def test_an_engine_that_stops_ends_what_is_left(demo: LanguageModel) -> None:
     engine.submit(Answer(answer.row, demo.tokenizer, late.append))
     assert isinstance(late[0], Failed)
     with pytest.raises(ApiError, match="stopping"):
-        engine.call(lambda: 7).result(10)
+        engine.call(lambda: 7).result(PATIENCE)
 
 
 def test_the_margin_is_measured(demo: LanguageModel) -> None:
@@ -450,12 +450,3 @@ def test_the_margin_is_measured(demo: LanguageModel) -> None:
         handle.remove()
     assert margin is None
     assert "change each other's logits" in why
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
-    event = threading.Event()
-    for _ in range(int(seconds / 0.005)):
-        if holds():
-            return
-        event.wait(0.005)
-    raise AssertionError("it did not happen")
