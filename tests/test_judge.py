@@ -22,6 +22,7 @@ from chatsae.features.judge import prompts
 from chatsae.features.judge.answers import Rating, active, intruder, rating
 from chatsae.features.judge.asking import Asker, Unreadable
 from chatsae.features.judge.cache import Cache, Replay
+from chatsae.features.judge.client import Answer
 from chatsae.features.judge.local import LocalHF, LocalJudge
 from chatsae.features.judge.openai import OpenAICompat, Retry
 from chatsae.features.judge.rubric import RubricJudge, file_name, rubric_request, shuffled
@@ -111,7 +112,7 @@ def test_the_order_of_contexts_follows_from_seed_repeat_and_feature():
     ],
 )
 def test_a_rating_is_read(text, expected):
-    assert rating(text, 5) == expected
+    assert rating(Answer(text), 5) == expected
 
 
 @pytest.mark.parametrize(
@@ -139,22 +140,22 @@ def test_a_rating_is_read(text, expected):
 )
 def test_what_is_no_rating_is_never_a_number(text):
     with pytest.raises(Unreadable):
-        rating(text, 5)
+        rating(Answer(text), 5)
 
 
 @given(st.text())
 def test_any_text_is_a_rating_or_unreadable(text):
     with suppress(Unreadable):
-        assert rating(text, 5).score in range(1, 6)
+        assert rating(Answer(text), 5).score in range(1, 6)
 
 
 def test_examples_are_read():
-    assert active('{"active": [1, 3]}', 3) == {1, 3}
-    assert active('{"active": []}', 3) == frozenset()
-    assert intruder('It is {"intruder": "2"}', 5) == 2
+    assert active(Answer('{"active": [1, 3]}'), 3) == {1, 3}
+    assert active(Answer('{"active": []}'), 3) == frozenset()
+    assert intruder(Answer('It is {"intruder": "2"}'), 5) == 2
     for read, text in ((active, '{"active": [4]}'), (active, "1, 3"), (intruder, '{"intruder": 9}'), (intruder, "2")):
         with pytest.raises(Unreadable):
-            read(text, 3)
+            read(Answer(text), 3)
 
 
 # a judge behind a server

@@ -300,10 +300,10 @@ def test_an_estimate_counts_what_is_known_once(tmp_path):
 
 
 def test_what_cannot_be_read_is_asked_once_more_strictly():
-    def parse(text: str) -> int:
-        if not text.isdigit():
+    def parse(answer: Answer) -> int:
+        if not answer.text.isdigit():
             raise Unreadable("no number")
-        return int(text)
+        return int(answer.text)
 
     replies = {"good": ["7"], "late": ["well", "8"], "never": ["well", "hm"], "refused": [None, None]}
     seen: Counter[str] = Counter()

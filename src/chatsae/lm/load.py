@@ -132,6 +132,10 @@ class LanguageModel:
         Raises:
             UserError: the tokenizer has no chat template, the template refuses the messages, or they fill the context.
         """
+        return self.answer(prompt, max_new_tokens=max_new_tokens)[0]
+
+    def answer(self, prompt: str | Sequence[Message | Mapping[str, str]], *, max_new_tokens: int) -> tuple[str, str]:
+        """The answer that `chat` gives, and why it ended: "stop", or "length" if it was cut off."""
         messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
         turns = [dict(m) if isinstance(m, Mapping) else {"role": m.role, "content": m.content} for m in messages]
         if not self.tokenizer.chat_template:
@@ -145,8 +149,9 @@ class LanguageModel:
             max_new_tokens = min(max_new_tokens, self.max_positions - n_prompt)
         if max_new_tokens < 1:
             raise UserError(f"{self.name}: a prompt of {n_prompt} tokens leaves no room for an answer")
-        answer = self.with_head()._generate(dict(rendered), max_new_tokens)[0, n_prompt:]
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True))
+        answer = self.with_head()._generate(dict(rendered), max_new_tokens)[0, n_prompt:].tolist()
+        whole = len(answer) < max_new_tokens or answer[-1] in self.tokenizer.all_special_ids
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True)), "stop" if whole else "length"
 
     def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> torch.Tensor:
         # Whatever a model's own generation_config.json asks for, the answer is the plain greedy one.

@@ -92,7 +92,7 @@ def grades(asker: Asker, sweep: Mapping[str, Any], concept: str, params: Mapping
 
 
 def _rating(asker: Asker, request: Request) -> tuple[int | None, str | None]:
-    value, reason, _ = asker.read(request, lambda text: grade(text, MOST), _REMINDER)
+    value, reason, _ = asker.read(request, lambda answer: grade(answer, MOST), _REMINDER)
     return value, reason
 
 

@@ -4,12 +4,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 from chatsae.errors import UserError
 from chatsae.features.judge.cache import Cache
-from chatsae.features.judge.client import Answer, Client, Request
+from chatsae.features.judge.client import Answer, Client, NotRecordedError, Request
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -40,7 +41,7 @@ class Usage:
     """What was asked: `calls` of a server, answers from the `cache`, tokens of the calls, and their `cost` in dollars.
 
     estimated: calls whose tokens the server did not tell. reasked: answers that had to be asked for again, strictly;
-    refused, unreadable: those that were still none.
+    refused, unreadable: those that were still none; cut: the unreadable ones that were cut off.
     """
 
     calls: int = 0
@@ -51,6 +52,7 @@ class Usage:
     reasked: int = 0
     refused: int = 0
     unreadable: int = 0
+    cut: int = 0
     cost: float | None = None
 
     def facts(self) -> dict[str, Any]:
@@ -103,20 +105,33 @@ class Asker:
         self._spend(request, answer, reserved)
         return answer
 
-    def read(self, request: Request, parse: Callable[[str], T], reminder: str) -> tuple[T | None, str | None, Answer]:
+    def read(
+        self, request: Request, parse: Callable[[Answer], T], reminder: str
+    ) -> tuple[T | None, str | None, Answer]:
         """What an answer says, or the reason why it says nothing; a refusal or a broken form is asked for once more."""
-        answer = self.ask(request)
-        value, reason = _parsed(answer, parse)
+        value, reason, answer = self._parsed(request, parse)
         if reason is not None:
             with self._lock:
                 self.usage.reasked += 1
-            answer = self.ask(request.strictly(reminder))
-            value, reason = _parsed(answer, parse)
+            with suppress(NotRecordedError):  # a record of when the first answer was still taken for a verdict
+                value, reason, answer = self._parsed(request.strictly(reminder), parse)
         if reason is not None:
             with self._lock:
                 self.usage.refused += answer.refusal is not None
                 self.usage.unreadable += answer.refusal is None
+                self.usage.cut += answer.refusal is None and answer.cut
         return value, reason, answer
+
+    def _parsed(self, request: Request, parse: Callable[[Answer], T]) -> tuple[T | None, str | None, Answer]:
+        answer = self.ask(request)
+        if answer.refusal is not None:
+            return None, f"refused: {answer.refusal}", answer
+        if request.limit is not None and (answer.completion_tokens or 0) >= request.limit:
+            answer = replace(answer, finish_reason="length")  # servers that do not tell, or always say "stop"
+        try:
+            return parse(answer), None, answer
+        except Unreadable as problem:
+            return None, f"unreadable: {problem}", answer
 
     def each(self, work: Callable[[R], T], items: Iterable[R]) -> Iterator[T]:
         """The results of work that asks, in order of the items; the first error ends it.
@@ -192,16 +207,6 @@ class Asker:
                 self.usage.cost = (self.usage.cost or 0.0) + cost
                 if estimated := self.prices.cost(request.prompt_tokens, request.answer_tokens):
                     self._dearer = max(self._dearer, cost / estimated)
-
-
-def _parsed(answer: Answer, parse: Callable[[str], T]) -> tuple[T | None, str | None]:
-    if answer.refusal is not None:
-        return None, f"refused: {answer.refusal}"
-    try:
-        return parse(answer.text), None
-    except Unreadable as problem:
-        cut = ", cut off" if answer.finish_reason == "length" else ""
-        return None, f"unreadable: {problem}{cut}"
 
 
 @dataclass(slots=True)

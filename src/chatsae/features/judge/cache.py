@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from chatsae.errors import UserError
-from chatsae.features.judge.client import Answer, Request, canonical
+from chatsae.features.judge.client import Answer, NotRecordedError, Request, canonical
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, model TEXT NOT NULL, request TEXT NOT NULL,
@@ -102,11 +102,11 @@ class Replay:
         """The recorded answer.
 
         Raises:
-            UserError: this was never asked.
+            NotRecordedError: this was never asked.
         """
         answer = self._cache.get(request.key(self.model))
         if answer is None:
-            raise UserError(
+            raise NotRecordedError(
                 f"{self._cache.path} has no answer of {self.model} to one of these requests; "
                 "it was recorded of other features, contexts or options"
             )

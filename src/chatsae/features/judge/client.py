@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from chatsae.errors import UserError
+
 PROMPT_VERSION = 1
 """Part of every key of the cache: answers to prompts of other versions are not taken for answers to these."""
+
+_CUT = {"length", "max_tokens", "max_output_tokens", "model_length", "content_filter", "abort", "error"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +53,14 @@ class Request:
 
     @property
     def answer_tokens(self) -> int:
-        """The most tokens that an answer may have."""
+        """The most tokens that an answer may have, or is expected to have where no limit is sent."""
+        return 1024 if self.limit is None else self.limit
+
+    @property
+    def limit(self) -> int | None:
+        """The limit of an answer's tokens that is sent."""
         limits = (self.params.get(name) for name in ("max_completion_tokens", "max_tokens"))
-        return next((int(n) for n in limits if n is not None), 1024)
+        return next((int(n) for n in limits if n is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +72,15 @@ class Answer:
     finish_reason: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+
+    @property
+    def cut(self) -> bool:
+        """Whether it ended before the model was done."""
+        return self.finish_reason is not None and self.finish_reason.lower() in _CUT
+
+
+class NotRecordedError(UserError):
+    """A record has no answer to a request."""
 
 
 @runtime_checkable

@@ -351,5 +351,5 @@ def usage_line(asker: Asker) -> str:
     return (
         f"{usage.calls:,} calls ({usage.cached:,} answers from the cache), {usage.prompt_tokens:,} tokens in, "
         f"{usage.completion_tokens:,} out{cost}; {usage.reasked:,} asked again, {usage.refused:,} refused, "
-        f"{usage.unreadable:,} unreadable"
+        f"{usage.unreadable:,} unreadable" + (f", {usage.cut:,} of them cut off by max_tokens" if usage.cut else "")
     )

@@ -52,7 +52,8 @@ class LocalHF:
             if n >= self._lm.max_positions:
                 return Answer("", refusal=f"the prompt is longer than the context of {self.model}")
         with self._one_at_a_time:
-            return Answer(self._lm.chat(turns, max_new_tokens=request.answer_tokens))
+            text, reason = self._lm.answer(turns, max_new_tokens=request.answer_tokens)
+            return Answer(text, finish_reason=reason)
 
     def stop(self) -> None:
         """An answer under way comes to its end."""

@@ -127,9 +127,7 @@ class OpenAICompat:
             facts = response.json()
             choice = facts["choices"][0]
             message, usage = choice["message"], facts.get("usage") or {}
-            content, refusal = message.get("content") or "", message.get("refusal")
-            if not isinstance(content, str):
-                raise TypeError("content is no text")
+            content, refusal = _said(message.get("content")), message.get("refusal")
             tokens = (_count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens")))
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise _BrokenError(f"no chat completion ({error}): {self.redact(response.text)[:200]}") from None
@@ -176,6 +174,19 @@ def retry_after(value: str | None, now: datetime) -> float | None:
         return None
     when = when if when.tzinfo else when.replace(tzinfo=UTC)
     return max(0.0, (when - now).total_seconds())
+
+
+def _said(content: Any) -> str:
+    """The text of a message: of a list of parts those that are text, not those that are thoughts."""
+    if isinstance(content, list):
+        return "".join(part if isinstance(part, str) else _part(part) for part in content)
+    if not isinstance(content, str | None):
+        raise TypeError("content is no text")
+    return content or ""
+
+
+def _part(part: Mapping[str, Any]) -> str:
+    return str(part.get("text") or "") if part.get("type", "text") in ("text", "output_text") else ""
 
 
 def _count(tokens: Any) -> int | None:

@@ -54,7 +54,7 @@ class RubricJudge:
         if not n:
             return Verdict(feature.index, self.name, 0, repeat, None, "no contexts")
         request = self._request(feature, order, repeat)
-        found, reason, answer = self.asker.read(request, lambda text: rating(text, n), prompts.RUBRIC_REMINDER)
+        found, reason, answer = self.asker.read(request, lambda answer: rating(answer, n), prompts.RUBRIC_REMINDER)
         details = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         if found is None:
             return Verdict(feature.index, self.name, n, repeat, None, reason, details=details)

@@ -74,7 +74,7 @@ class Tasks:
                 return None, "too few windows"
             n = len(trial.contexts)
             request = self._detection(trial, verdict.explanation)
-            named, reason, _ = self.asker.read(request, lambda text: active(text, n), prompts.DETECTION_REMINDER)
+            named, reason, _ = self.asker.read(request, lambda answer: active(answer, n), prompts.DETECTION_REMINDER)
             return (None, reason) if named is None else (balanced_accuracy(named, trial.wanted, n), None)
 
         found = list(self.asker.each(one, zip(features, verdicts, strict=True)))
@@ -98,7 +98,7 @@ class Tasks:
                 return None, "too few windows"
             n = len(trial.contexts)
             request = self._intruder(trial)
-            named, reason, _ = self.asker.read(request, lambda text: intruder(text, n), prompts.INTRUDER_REMINDER)
+            named, reason, _ = self.asker.read(request, lambda answer: intruder(answer, n), prompts.INTRUDER_REMINDER)
             return (None, reason) if named is None else (float(named in trial.wanted), None)
 
         found = list(self.asker.each(one, features))
