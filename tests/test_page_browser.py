@@ -10,15 +10,14 @@ import pytest
 from chatsae.page.data import Wanted, find_runs, page_data
 from chatsae.page.write import page as html_page
 from feature_samples import FIRST, START, TOKEN, plain_model
+from page_browser import NEEDS_BROWSER, Opened
 from page_samples import HOSTILE, QUESTIONS, hostile_run, steer
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="the browser tests need playwright (chatsae[dev])")
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: install chromium (Debian: apt install chromium)")
+pytestmark = NEEDS_BROWSER
 
 SAE = "L1-1x-standard"
 OPEN = (0.5, 2.0)
-WIDE, NARROW = {"width": 1600, "height": 1000}, {"width": 400, "height": 800}
+NARROW = {"width": 400, "height": 800}
 
 
 @pytest.fixture(scope="module")
@@ -64,37 +63,6 @@ def with_random_weights(judge: dict) -> dict:
     minus = {"mean": {"difference": 1.25, "interval": [0.5, 2.0]}, "high": {"difference": 0.25, "interval": None}}
     summary = judge["summary"] | {"above": above | {"random_weights": minus}}
     return judge | {"calibration": calibration, "summary": summary}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator:
-    with sync_api.sync_playwright() as play:
-        started = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield started
-        started.close()
-
-
-class Opened:
-    """A page, and everything that it said or asked for that it should not have."""
-
-    def __init__(self, browser, file: Path, address: str, **options) -> None:
-        self.context = browser.new_context(**({"viewport": WIDE} | options))
-        self.page = self.context.new_page()
-        self.faults: list[str] = []
-        self.page.on("console", lambda message: self.faults.append(f"{message.type}: {message.text}"))
-        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
-        self.page.on("request", self._asked)
-        self.page.goto(file.as_uri() + address)
-        self.page.wait_for_selector("html[data-ready]")
-
-    def _asked(self, request) -> None:
-        if not request.url.startswith(("file:", "data:")) or not request.is_navigation_request():
-            self.faults.append(f"request: {request.url}")
-
-    def close(self) -> None:
-        assert self.page.evaluate("window.owned") is None
-        self.context.close()
-        assert self.faults == []
 
 
 @pytest.fixture

@@ -58,8 +58,12 @@ function axes(svg, x, y, xLabel, yLabel, width = W, height = H, pad = PAD) {
   svg.append(s("text", { transform: `translate(13 ${(pad.top + bottom) / 2}) rotate(-90)`, class: "label mid" }, yLabel));
 }
 
+/** What stands in place of a chart without a single value. */
+const nothing = () => h("p", { class: "note" }, "No values.");
+
 /** Bars over bins [{low, high, n, text}]; the x axis may be logarithmic. */
 function histogram(bins, { xLabel, yLabel, words, log, marks = [], width = W, height = H }) {
+  if (!bins.length) return nothing();
   const svg = frame(words, width, height), low = bins[0].low, high = bins[bins.length - 1].high;
   const x = scale(low, high, PAD.left, width - PAD.right, log), bottom = height - PAD.bottom;
   const y = scale(0, Math.max(...bins.map((b) => b.n)) * 1.05 || 1, bottom, PAD.top);
@@ -79,6 +83,7 @@ function histogram(bins, { xLabel, yLabel, words, log, marks = [], width = W, he
 /** Lines [{name, points: [[x, y]], style}], with `spread` [[x, low, high]] where there are intervals; steps for distributions; `span` is marked on x. */
 function lines(series, { xLabel, yLabel, words, log, xs, ys, steps, xTicks, grows, span, spanText }) {
   const shown = series.map((line) => ({ ...line, points: log ? line.points.filter((p) => p[1] > 0) : line.points })).filter((line) => line.points.length);
+  if (!shown.length) return nothing();
   const all = shown.flatMap((line) => [...line.points, ...(log ? [] : (line.spread || []).flatMap(([a, b, c]) => [[a, b], [a, c]]))]);
   const [x0, x1] = xs || [Math.min(...all.map((p) => p[0])), Math.max(...all.map((p) => p[0]))];
   let [y0, y1] = ys || [Math.min(...all.map((p) => p[1])), Math.max(...all.map((p) => p[1]))];

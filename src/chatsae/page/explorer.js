@@ -168,6 +168,6 @@ function nearPanel(data, sae, f) {
   const name = (i) => (sae.byIndex.has(i) ? h("a", { href: link(data, sae, i), title: sae.byIndex.get(i).label }, i) : h("span", { title: "without contexts in this page" }, i));
   const list = (rows, format) => (rows.length ? h("ol", { class: "tokens" }, rows.slice(0, 8).map((row) => h("li", null, name(row[0]), format(row)))) : h("p", { class: "note" }, "none"));
   return panel("Neighbours", null, h("div", { class: "two" },
-    h("div", null, h("h3", { title: "cosine of decoder directions" }, "decoder, cosine"), list(f.near, (r) => h("span", null, r[1].toFixed(2)))),
-    h("div", null, h("h3", { title: "correlation of firing; and the share of this feature's tokens on which the other fires" }, "fires with, φ"), list(f.with, (r) => h("span", { title: `on ${percent(r[2])} of its tokens` }, r[1].toFixed(2))))));
+    h("div", null, h("h3", { title: "cosine of decoder directions" }, "decoder, cosine"), list(f.near, (r) => h("span", null, hundredth(r[1])))),
+    h("div", null, h("h3", { title: "correlation of firing; and the share of this feature's tokens on which the other fires" }, "fires with, φ"), list(f.with, (r) => h("span", { title: `on ${percent(r[2])} of its tokens` }, hundredth(r[1]))))));
 }

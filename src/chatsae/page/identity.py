@@ -69,7 +69,7 @@ def curves(run: Run) -> dict[str, dict[str, list[list[float]]]]:
     for record in kept:
         for name, values in record.get("saes", {}).items():
             for figure, value in values.items():
-                if isinstance(value, int | float) and math.isfinite(value):
+                if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
                     found.setdefault(name, {}).setdefault(figure, []).append([record["tokens"], short(value)])
     return {name: dict(sorted(own.items(), key=_rank)) for name, own in found.items()}
 

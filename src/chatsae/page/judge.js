@@ -3,8 +3,8 @@
 const between = (text, edges) => (edges ? h("small", null, ` [${text(edges[0])}, ${text(edges[1])}]`) : null);
 const shareText = (one) => (one && one.share !== null ? h("span", null, percent(one.share), between(percent, one.interval)) : "–");
 const meanText = (mean, edges) => (mean === null || mean === undefined ? "–" : h("span", null, num(mean), between(num, edges)));
-const signed = (value, text) => (value > 0 ? "+" : value < 0 ? "−" : "") + text(Math.abs(value));
-const hundredth = (value) => value.toFixed(2);
+const signed = (value, text) => (value === null ? "–" : value > 0 ? "+" : value < 0 ? "−" : "") + text(Math.abs(value));
+const hundredth = (value) => (value === null ? "–" : value.toFixed(2));
 const points = (share) => (100 * share).toFixed(Math.abs(share) < 0.0995 ? 1 : 0);
 
 /** A difference with its interval; bold where the interval lies on one side of zero. */

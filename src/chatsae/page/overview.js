@@ -100,6 +100,7 @@ function scatterPanel(sae) {
   const sample = sae.sample;
   if (!sample) return panel("Norm and error", null, missing(LACKS_SAMPLE, sae.how));
   const points = sample.points.filter((p) => p[0] > 0 && p[1] > 0), norms = points.map((p) => p[0]), errors = points.map((p) => p[1]);
+  if (!points.length) return panel("Norm and error", null, nothing());
   const low = Math.min(...norms) / 1.1, high = Math.max(...norms, sample.n_sinks ? sample.sink_norm : 0) * 1.1;
   const sinks = sample.n_sinks ? plural(sample.n_sinks, "norm sink") : "no norm sink";
   const tall = 320, svg = frame(`Squared error against norm of ${points.length} tokens; ${sinks}`, W, tall);
@@ -129,7 +130,9 @@ function firingPanel(sae) {
 }
 
 function l0Figure(sae) {
-  const counts = sae.firing.l0, low = counts[0][0], high = counts[counts.length - 1][0] + 1, step = Math.max(1, Math.ceil((high - low) / 48));
+  const counts = sae.firing.l0;
+  if (!counts.length) return h("figure", null, h("figcaption", null, "Active features per token"), nothing());
+  const low = counts[0][0], high = counts[counts.length - 1][0] + 1, step = Math.max(1, Math.ceil((high - low) / 48));
   const bins = [];
   for (let from = low; from < high; from += step) {
     const n = counts.filter(([v]) => v >= from && v < from + step).reduce((sum, [, c]) => sum + c, 0);
@@ -145,7 +148,7 @@ function l0Figure(sae) {
 function densityFigure(sae) {
   const { density, dead, d_sae } = sae.firing, known = new Map(density), bins = [];
   if (!density.length) return h("p", { class: "note" }, `None of ${plural(d_sae, "feature")} is ever active.`);
-  for (let b = density[0][0]; b <= Math.min(-1, density[density.length - 1][0]); b++) {
+  for (let b = Math.min(-1, density[0][0]); b <= Math.min(-1, density[density.length - 1][0]); b++) {
     const n = (known.get(b) || 0) + (b === -1 ? known.get(0) || 0 : 0), low = 10 ** (b / 4), high = 10 ** ((b + 1) / 4);
     bins.push({ low, high, n, text: `${percent(low)} to ${percent(high)} of tokens: ${plural(n, "feature")}`, class: high > 0.1001 ? "bar dense" : "bar" });
   }
@@ -162,7 +165,7 @@ function curvePanel(data, sae) {
   const key = all.map((one) => ({ name: runOf(data, one).name, style: runOf(data, one).style }));
   const result = panel("Training", "What each step logged of its batch, over the tokens trained on.", legend(key), h("div", { class: "multiples" }, names.map((name) => {
     const series = all.map((one) => ({ name: runOf(data, one).name, style: runOf(data, one).style, points: (runOf(data, one).curves[sae.name]?.[name] || []).map(([t, v]) => [t / 1e6, v]) })).filter((line) => line.points.length);
-    const log = name !== "dead_fraction";
+    const log = name !== "dead_fraction" && series.some((line) => line.points.some((p) => p[1] > 0)); // a line of zeros has no logarithm
     return h("figure", null, h("figcaption", null, CURVE_TEXT[name] || human(name)), lines(series, { xLabel: "training tokens, millions", yLabel: `${human(name)}${log ? ", by logarithm" : ""}`, log, words: `${human(name)} while training: ${series.map((l) => `${l.name} ends at ${num(l.points[l.points.length - 1][1])}`).join(", ")}` }));
   })));
   return wideAs(result, "full");

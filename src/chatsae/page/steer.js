@@ -11,6 +11,7 @@ const MEASURE_TEXT = {
   reread_mean: "Feature re-read in the answer, mean", reread_max: "Feature re-read, largest", reread_share: "Feature re-read, share of tokens", other_reread_mean: "Other feature re-read, mean",
 };
 const sentence = (text) => text.charAt(0).toUpperCase() + text.slice(1).replace(/[^.!?]$/, "$&.");
+const squareRoot = (v) => Math.sign(v) * Math.sqrt(Math.abs(v)); // alpha may be negative
 const MAIN = ["log_perplexity_ratio", "kl_mean", "reread_mean"];
 
 function sweepView(data, sae, sweep) {
@@ -25,7 +26,7 @@ function sweepView(data, sae, sweep) {
     const own = series(key);
     if (!own.some((line) => line.points.length)) return null;
     const words = `${label} against alpha: ${own.map((line) => `${line.name} ${line.points.map(([a, v]) => `${num(v)} at ${num(a)}`).join(", ")}`).join("; ")}`;
-    return h("figure", null, h("figcaption", { title: what }, label), lines(own, { xLabel: "alpha, by square root", yLabel: unit || label, words, grows: Math.sqrt, xTicks: alphas, ys: key === "holds" ? [0, 1] : null, span: open ? [window_.from, window_.to] : null, spanText: open ? `the window: alpha ${num(window_.from)} to ${num(window_.to)}` : null }));
+    return h("figure", null, h("figcaption", { title: what }, label), lines(own, { xLabel: "alpha, by square root", yLabel: unit || label, words, grows: squareRoot, xTicks: alphas, ys: key === "holds" ? [0, 1] : null, span: open ? [window_.from, window_.to] : null, spanText: open ? `the window: alpha ${num(window_.from)} to ${num(window_.to)}` : null }));
   };
   const first = [HOLDS, ...known.filter((m) => MAIN.includes(m.key))], rest = known.filter((m) => !MAIN.includes(m.key));
   const edge = (value, edges) => h("span", null, num(value), edges ? h("small", null, ` [${num(edges[0])}, ${num(edges[1])}]`) : null);
@@ -48,7 +49,7 @@ function gradesView(sweep, alphas) {
   if (!found) return null;
   const series = sweep.arms.map((arm, style) => ({ name: armText(arm), style, points: (found.curves[arm]?.harmonic_mean || []).map((v, i) => v && [alphas[i], v[0]]).filter(Boolean) }));
   const lost = Object.entries(found.missing).map(([why, n]) => ` Missing: ${n} × ${why}.`).join("");
-  return h("figure", null, h("figcaption", null, `Grades by ${found.judge}: concept, instruction and fluency of 0 to 2, harmonic mean`), h("p", { class: "note" }, `Concept: ${found.concept}.${lost}`), lines(series, { xLabel: "alpha, by square root", yLabel: "harmonic mean", grows: Math.sqrt, xTicks: alphas, ys: [0, 2], words: `Harmonic mean of grades against alpha` }));
+  return h("figure", null, h("figcaption", null, `Grades by ${found.judge}: concept, instruction and fluency of 0 to 2, harmonic mean`), h("p", { class: "note" }, `Concept: ${found.concept}.${lost}`), lines(series, { xLabel: "alpha, by square root", yLabel: "harmonic mean", grows: squareRoot, xTicks: alphas, ys: [0, 2], words: `Harmonic mean of grades against alpha` }));
 }
 
 /** The answers to one question: a row for each alpha, a column for each arm. */

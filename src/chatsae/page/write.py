@@ -4,6 +4,7 @@ import base64
 import gzip
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -71,8 +72,20 @@ def page(data: dict[str, Any]) -> str:
 
 def _packed(data: dict[str, Any]) -> str:
     """JSON, gzip, base64: characters that mean nothing in HTML. Equal data give equal bytes."""
-    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    try:
+        text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    except ValueError:  # rare: a pass over everything only then
+        text = json.dumps(_finite(data), separators=(",", ":"), allow_nan=False)
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=9, mtime=0)).decode()
+
+
+def _finite(value: Any) -> Any:
+    """The same with null in the place of numbers that JSON does not have; the page shows a dash there."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _hash(text: str) -> str:
