@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import platform
+import re
+import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import chatsae.demo
+from chatsae.batch import SPLITS
+from chatsae.data import pydocs
 
 DIRECTORY = Path(chatsae.demo.__file__).parent / "tiny-chat"
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -34,9 +40,21 @@ def card() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def heldout() -> list[list[dict[str, str]]]:
-    lines = (DIRECTORY / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["messages"] for line in lines]
+def same_python(card: dict[str, Any]) -> bool:
+    """Whether the documentation is that of the Python whose numbers the card has."""
+    return platform.python_version() == card["corpus"]["python"]
+
+
+@pytest.fixture(scope="module")
+def heldout(card: dict[str, Any], same_python: bool) -> list[list[dict[str, str]]]:
+    """The card's held-out dialogues, made from the documentation of this Python.
+
+    Of the 64 objects of Python 3.11.7, 3.12.1 has 58 and 3.13.0 has 48.
+    """
+    known = {d.id: [asdict(m) for m in d.messages] for d in pydocs.dialogues("eval")}
+    found = [known[i] for i in card["heldout"]["ids"] if i in known]
+    assert len(found) == 64 if same_python else len(found) >= 32
+    return found
 
 
 def answer_spans(ids: list[int], tokenizer: Any) -> Iterator[tuple[int, int]]:
@@ -61,9 +79,8 @@ def test_it_is_small_and_of_the_qwen2_architecture(model: Any, card: dict[str, A
 
 def test_all_files_are_small_and_none_is_left_over():
     expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    expected |= {"chat_template.jinja", "README.md", "card.json", "heldout.jsonl"}
+    expected |= {"chat_template.jinja", "README.md", "card.json"}
     assert {p.name for p in DIRECTORY.iterdir()} == expected
-    assert (DIRECTORY / "heldout.jsonl").stat().st_size <= 200_000
 
 
 def test_tokenizer_has_4096_tokens_and_the_stated_specials(tokenizer: Any, model: Any):
@@ -117,7 +134,7 @@ def test_template_refuses_an_unknown_role(tokenizer: Any):
 
 @torch.inference_mode()
 def test_heldout_loss_is_that_of_the_card(
-    model: Any, tokenizer: Any, card: dict[str, Any], heldout: list[list[dict[str, str]]]
+    model: Any, tokenizer: Any, card: dict[str, Any], heldout: list[list[dict[str, str]]], same_python: bool
 ):
     total, tokens = 0.0, 0
     for messages in heldout:
@@ -126,9 +143,10 @@ def test_heldout_loss_is_that_of_the_card(
         for start, end in answer_spans(ids, tokenizer):
             total -= logits[torch.arange(start - 1, end - 1), ids[start:end]].sum().item()
             tokens += end - start
-    assert len(heldout) == card["heldout"]["dialogues"] == 64
-    assert tokens == card["heldout"]["tokens"]
-    assert total / tokens == pytest.approx(card["heldout"]["nats_per_token"], rel=1e-3)
+    assert len(card["heldout"]["ids"]) == card["heldout"]["dialogues"] == 64
+    assert (tokens == card["heldout"]["tokens"]) == same_python
+    # with the documentation of Python 3.12.1 the loss is 1.9 % smaller, with that of 3.13.0 0.6 % larger
+    assert total / tokens == pytest.approx(card["heldout"]["nats_per_token"], rel=1e-3 if same_python else 0.1)
 
 
 def test_training_lowered_the_heldout_losses(card: dict[str, Any]):
@@ -158,7 +176,7 @@ def test_answers_end_as_often_as_the_card_says(
 
 @torch.inference_mode()
 def test_position_0_norms_are_those_of_the_card(
-    model: Any, tokenizer: Any, card: dict[str, Any], heldout: list[list[dict[str, str]]]
+    model: Any, tokenizer: Any, card: dict[str, Any], heldout: list[list[dict[str, str]]], same_python: bool
 ):
     first, rest = [], []
     for messages in heldout:
@@ -167,7 +185,8 @@ def test_position_0_norms_are_those_of_the_card(
         first.append(middle[0])
         rest.append(middle[1:])
     ratio = (torch.stack(first).mean() / torch.cat(rest).median()).item()
-    assert ratio == pytest.approx(card["position_0_norms"][2], rel=1e-3)  # hidden state 3 is what layer 2 returns
+    rel = 1e-3 if same_python else 0.03  # 0.9 % with the documentation of Python 3.13.0
+    assert ratio == pytest.approx(card["position_0_norms"][2], rel=rel)  # hidden state 3 is what layer 2 returns
 
 
 @pytest.fixture
@@ -209,3 +228,26 @@ def test_readme_states_the_numbers_of_the_card(card: dict[str, Any]):
             assert f"{losses[stage]:.3f}" in text
     assert f"{card['generation']['share']:.1%}" in text
     assert all(f"{n:.2f}" in text for n in card["position_0_norms"])
+
+
+COPIED = 10  # words in a row; phrases such as "is called automatically when the" are anyone's
+
+
+def test_the_repository_holds_no_text_of_the_documentation():
+    words = re.compile(r"[a-z]+")
+    known = set()
+    for split in SPLITS:
+        for o in pydocs.objects(split):
+            own = words.findall(o.doc.lower())
+            known.update(tuple(own[i : i + COPIED]) for i in range(len(own) - COPIED + 1))
+    assert len(known) > 50_000
+    root = Path(__file__).parents[1]
+    listed = subprocess.run(["git", "ls-files"], cwd=root, capture_output=True, text=True, check=False)
+    names = listed.stdout.split() or [str(p.relative_to(root)) for p in DIRECTORY.parent.rglob("*") if p.is_file()]
+    for name in names:
+        try:
+            own = words.findall((root / name).read_text(encoding="utf-8").lower())
+        except (UnicodeDecodeError, OSError):
+            continue  # no text, or a file that is not in this tree any more
+        copied = [" ".join(gram) for i in range(len(own)) if (gram := tuple(own[i : i + COPIED])) in known]
+        assert not copied, (name, copied)

@@ -125,12 +125,11 @@ def _save(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, directory
 
 
 def _write_card(directory: Path, training: dict[str, Any]) -> None:
-    """Measure the saved model as anyone would load it, in float32; write card.json, heldout.jsonl, README.md."""
+    """Measure the saved model as anyone would load it, in float32; write card.json and README.md."""
     tokenizer = tiny_tokenizer.load(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     dialogues = list(pydocs.dialogues("eval"))
     heldout = [d for d in dialogues if sum(len(m.content) for m in d.messages) <= 2500][:HELDOUT]
-    card.write_heldout(directory / "heldout.jsonl", heldout)
     on_heldout = measure.dialogue_loss(model, tokenizer, heldout)
     prompts = measure.first_questions(dialogues[:PROMPTS])
     ending = sum(measure.ends_properly(tokenizer, a) for a in measure.answers(model, tokenizer, prompts))
@@ -140,7 +139,7 @@ def _write_card(directory: Path, training: dict[str, Any]) -> None:
         "model": card.model_facts(model, (directory / "model.safetensors").stat().st_size),
         "corpus": card.corpus_facts(tokenizer),
         **training,
-        "heldout": {"dialogues": len(heldout), **asdict(on_heldout)},
+        "heldout": {"dialogues": len(heldout), **asdict(on_heldout), "ids": [d.id for d in heldout]},
         "generation": {
             "prompts": len(prompts),
             "ending_properly": ending,

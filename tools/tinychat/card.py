@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, Qwen2ForCausalLM
 
-from chatsae.batch import Dialogue
 from chatsae.data import pydocs
 from tinychat.batches import encoded
 from tinychat.measure import Loss
@@ -20,12 +19,13 @@ DEFINITIONS = {
     "pages": "eval split, seed 0: pages joined by <|endoftext|>, blocks of 512 tokens, every token but a block's first",
     "dialogues": "the first 500 of the eval split, seed 0: each dialogue alone, tokens of the assistant's answers and "
     "the <|im_end|> that closes each",
-    "heldout": "the dialogues of heldout.jsonl, scored as above with the saved weights in float32",
+    "heldout": "the dialogues of `heldout.ids`, made by the Python of `corpus.python`, scored as above with the saved "
+    "weights in float32",
     "ends_properly": "greedy answers to the first user turns of held-out dialogues, at most 256 new tokens, that have "
     "text, end with <|im_end|> and hold no other control token",
     "samples": "held-out dialogues with three user turns; the answers are the model's own, greedy, turn by turn",
     "position_0_norms": "mean norm of the residual stream at position 0 over the median norm at all other positions "
-    "of the dialogues of heldout.jsonl, after each layer",
+    "of those dialogues, after each layer",
 }
 
 
@@ -43,14 +43,6 @@ def corpus_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
             "dialogue_tokens": sum(len(ids) for ids in encoded(tokenizer, dialogues)),
         }
     return facts
-
-
-def write_heldout(path: Path, dialogues: list[Dialogue]) -> None:
-    """Held-out dialogues in the common JSONL form."""
-    lines = [
-        json.dumps({"id": d.id, "messages": [asdict(m) for m in d.messages]}, ensure_ascii=False) for d in dialogues
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write_json(path: Path, card: dict[str, Any]) -> None:
@@ -101,7 +93,12 @@ def write_readme(path: Path, card: dict[str, Any]) -> None:
     behaviour = f"""
         {ends["ending_properly"]} of {ends["prompts"]} greedy answers ({ends["share"]:.1%}) to held-out first questions
         end with `<|im_end|>` within {ends["max_new_tokens"]} tokens and hold no stray control token."""
+    held = f"{heldout['dialogues']} of them, by the ids in `card.json`"
     norms = " · ".join(f"{n:.2f}" for n in card["position_0_norms"])
+    licence = f"""
+        The weights and the tokenizer were trained on the documentation of Python {corpus["python"]}, copyright Python
+        Software Foundation, PSF License Agreement (<https://docs.python.org/3/license.html>). Its text is not part of
+        the package: the corpus is read from the Python that runs it."""
     text = f"""# tiny-chat
 
 {_prose(introduction)}
@@ -129,7 +126,7 @@ The documentation of the standard library of Python {corpus["python"]}: docstrin
 |---|---|---|---|---|
 {_loss_row("pages", loss["pages"])}
 {_loss_row("answers in dialogues", loss["dialogues"])}
-| `heldout.jsonl`: {heldout["dialogues"]} of them | | | {heldout["nats_per_token"]:.3f} | {heldout["tokens"]:,} |
+| {held} | | | {heldout["nats_per_token"]:.3f} | {heldout["tokens"]:,} |
 
 ## Behaviour
 {_prose(behaviour)}
@@ -137,7 +134,10 @@ The documentation of the standard library of Python {corpus["python"]}: docstrin
 Norm of the residual stream at position 0 over the median norm elsewhere, after layers 0 to {m["layers"] - 1}: {norms}.
 
 ## Samples (held-out objects, greedy)
-{_samples(card["samples"])}"""
+{_samples(card["samples"])}
+## Licence
+{_prose(licence)}
+"""
     path.write_text(text, encoding="utf-8")
 
 
