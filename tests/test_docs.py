@@ -51,4 +51,5 @@ def test_the_readme_example_runs_and_is_short(tmp_path, monkeypatch, capsys):
     exec(compile(code, "README.md", "exec"), {})
     out = capsys.readouterr().out
     assert "explained" in out
+    assert out.endswith("\nI am Tiny.\n")
     assert (tmp_path / "runs").exists()

@@ -17,7 +17,7 @@ from chatsae.cli_serve import Serve
 from chatsae.cli_steer import Steer, Tokens
 from chatsae.config import Method, RunConfig
 from chatsae.errors import UserError
-from chatsae.recipe import load_recipe, run_recipe
+from chatsae.recipe import find_recipe, load_recipe, run_recipe
 from chatsae.typed import Count, Flags, Grid, Natural, Number, OutDir, OutFile, Positive
 
 _Flat = Annotated[RunConfig, tyro.conf.arg(name="")]
@@ -357,6 +357,7 @@ def _parse(argv: list[str]) -> Callable[[], None]:
     else:
         recipe = Path(argv[1])
     parsed = _cli(argv, verb(recipe=recipe, config=load_recipe(recipe)))
+    parsed.recipe = find_recipe(recipe)  # its file name names what the verb writes
     if verb is Sweep and _given(argv, "--data.method"):
         raise UserError("--data.method: a sweep trains every one of its --methods; leave it out")
     return parsed

@@ -14,14 +14,39 @@ from chatsae.typed import hints_of, near, shown
 
 _MERGED = 10_000  # pairs of one mapping after its merges (<<), of which a few lines can make billions
 
+SHIPPED = (Path(__file__).parent / "recipes", Path(__file__).parents[2] / "recipes")
+"""Where the recipes of an installed chatsae are, and those of a checkout."""
+
+
+def find_recipe(path: Path | str) -> Path:
+    """The file of a recipe: this file, if it is there, else the shipped recipe of that name or path.
+
+    `qwen2.5-0.5b`, `paper/llama-3.1-8b` and `recipes/qwen2.5-0.5b.yaml` are shipped ones.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if Path(path).exists() and not Path(path).is_dir():
+        return Path(path)
+    names = {}
+    for folder in SHIPPED:
+        for file in sorted(folder.rglob("*.yaml")):
+            names.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
+    wanted = Path(path).as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    if wanted not in names:
+        raise UserError(f"recipe {path} does not exist; recipes that come with chatsae: {', '.join(names)}")
+    return names[wanted]
+
 
 def load_recipe(path: Path | str, base: RunConfig | None = None) -> RunConfig:
     """The configuration in a YAML file; fields it does not name keep the value of `base` (default: the paper's).
 
+    `path` is a file, or the name of a recipe that comes with chatsae (`find_recipe`).
+
     Raises:
         UserError: the file is missing or no mapping, a key is unknown, or a value has the wrong type.
     """
-    data = load_yaml(path, "recipe")
+    data = load_yaml(find_recipe(path), "recipe")
     return _fill(base or RunConfig(), {} if data is None else data, where=str(path))
 
 
