@@ -25,18 +25,27 @@ _TEXT = ["system user assistant You are kind. Hello there, why is the sky blue? 
 
 
 @cache
-def chat_tokenizer(template: str = CHATML, *, bos: str | None = None) -> PreTrainedTokenizerFast:
-    """A tokenizer with the given chat template; `bos` is one of SPECIAL."""
+def chat_tokenizer(
+    template: str = CHATML,
+    *,
+    bos: str | None = None,
+    eos: str | None = "<|im_end|>",
+    special: tuple[str, ...] = tuple(SPECIAL),
+    words: tuple[str, ...] = (),
+) -> PreTrainedTokenizerFast:
+    """A tokenizer with the given chat template; `bos` and `eos` are among `special`, and each of `words` is a token."""
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=700 if words else 400,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    model.train_from_iterator(_TEXT, trainer)
+    model.train_from_iterator(_TEXT + ["\n".join(words)] * 4 if words else _TEXT, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, eos_token="<|im_end|>", additional_special_tokens=SPECIAL, bos_token=bos
+        tokenizer_object=model, eos_token=eos, additional_special_tokens=list(special), bos_token=bos
     )
     tokenizer.chat_template = template
     return tokenizer

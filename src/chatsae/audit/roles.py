@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chatsae.audit.separation import Separation, auroc_interval, aurocs, choose, confirm
 from chatsae.batch import Dialogue, Kind, Message, Role, TokenBatch
-from chatsae.data.template import SkippedError, chat_template, control_ids, encode
+from chatsae.data.template import SkippedError, chat_template, control_ids, document_begin, encode
 from chatsae.errors import UserError
 from chatsae.lm.harvest import bare_tokens
 from chatsae.lm.load import LanguageModel
@@ -234,7 +234,7 @@ def _headers(tokenizer: PreTrainedTokenizerBase, header: tuple[int, ...], tally:
 
 def _carriers(tokenizer: PreTrainedTokenizerBase, tally: Counter[str]) -> dict[str, Tensor]:
     """What stands before the text of a document, and of a tool's answer where the template has one."""
-    bos = tokenizer.bos_token_id
+    bos = document_begin(tokenizer)
     found = {"document": torch.tensor([] if bos is None else [bos], dtype=torch.int64)}
     before = _before(tokenizer, "tool")
     if isinstance(before, Tensor):

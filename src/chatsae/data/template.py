@@ -1,7 +1,8 @@
 """A tokenizer's own chat template: what it writes, and where the contents of a dialogue lie in it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
@@ -13,7 +14,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from chatsae.batch import Dialogue, Message, Role
-from chatsae.data.labels import Grammar, Labels, Span
+from chatsae.data.labels import Grammar, Labels, Sign, Span
+from chatsae.data.marks import CharacterSpan, LeftOutError, locate
 from chatsae.errors import UserError
 
 DATE = "26 Jul 2024"
@@ -23,8 +25,6 @@ ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, 
 
 _NOW = {"d": "26", "m": "07", "b": "Jul", "B": "July", "Y": "2024", "y": "24", "a": "Fri", "A": "Friday"}
 _NOW |= {"j": "208", "H": "00", "M": "00", "S": "00"}
-_OPEN, _CLOSE, _MARKERS = 0xF0000, 0x100000, 0xFFFE  # two private-use planes: a pair of characters for each turn
-_MARKER = re.compile(f"[{chr(_OPEN)}-{chr(_OPEN + _MARKERS - 1)}{chr(_CLOSE)}-{chr(_CLOSE + _MARKERS - 1)}]")
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
 _PROBES = (
     ("Hello", "Hi there!", "Why is the sky blue?", "It scatters light."),
@@ -33,31 +33,34 @@ _PROBES = (
 )
 
 
-CharacterSpan = tuple[int, int, int]
-"""Where a content begins, where its first character that is no white space stands, and where it ends."""
-
-
 @dataclass(frozen=True, slots=True)
 class TemplateFacts:
     """What is the same in every dialogue of a template.
 
     `prefix_ids` begin every dialogue that brings no system turn; `special_ids` are the token ids of the paper's
-    MSE_st; `sha256` is that of the template's text.
+    MSE_st; `stop_ids` end an answer; `sha256` is that of the template's text. `parts`: the template takes a content as
+    a list of parts, not as a string.
     """
 
     prefix_ids: tuple[int, ...]
     special_ids: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    parts: bool
     sha256: str
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A dialogue as text. `spans`: the place of each turn's content; None where they could not be located."""
+    """A dialogue as text. `spans`: the place of each turn's content; None where they could not be located.
+
+    `prompt`: it ends with what the template writes before an answer.
+    """
 
     name: str
     text: str
     roles: tuple[Role, ...]
     spans: tuple[CharacterSpan, ...] | None
+    prompt: bool = False
 
 
 class SkippedError(Exception):
@@ -83,6 +86,12 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> "ChatTemplate":
     try:
         text = tokenizer.get_chat_template()
     except ValueError:
+        if isinstance(tokenizer.chat_template, dict) and tokenizer.chat_template:
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise UserError(
+                f"the tokenizer of {name} has no default chat template, only named ones: {names}; "
+                f"set model.chat_template to one of them"
+            ) from None
         raise UserError(
             f"the tokenizer of {name} has no chat template, so it cannot render dialogues: use an instruct model "
             f"(its name often ends in -Instruct or -it), or data.method bt-p, which reads plain text"
@@ -99,6 +108,16 @@ def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of all special tokens, those included that no attribute of the tokenizer names."""
     added = (token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special)
     return frozenset(chain(tokenizer.all_special_ids, added))
+
+
+def document_begin(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that begins a document; None where the tokenizer has none, or one that opens turns in the template."""
+    if tokenizer.bos_token_id is None or not tokenizer.chat_template:
+        return tokenizer.bos_token_id
+    try:
+        return None if chat_template(tokenizer).begins_turns else tokenizer.bos_token_id
+    except UserError:  # a template that cannot be used, which documents do not need
+        return tokenizer.bos_token_id
 
 
 def special_text(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -126,22 +145,36 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._template = _pinned(text)
         self._special_text = special_text(tokenizer)
-        self._grammar = Grammar(lambda i: str(tokenizer.decode([i])), control_ids(tokenizer), tokenizer.bos_token_id)
-        try:
-            self._grammar = self._learned()
-            probes = [self._probe(_turns(contents)) for contents in _PROBES]
-        except SkippedError as error:
-            raise UserError(f"the chat template of {name} refuses a plain dialogue ({error})") from None
+        problems = []
+        for parts in (False, True):
+            self._parts = parts
+            begin = tokenizer.bos_token_id
+            self._grammar = Grammar(lambda i: str(tokenizer.decode([i])), control_ids(tokenizer), begin, begin)
+            try:
+                self._grammar, stop = self._learned()
+                probes = [self._probe(_turns(contents)) for contents in _PROBES]
+                break
+            except SkippedError as error:
+                problems.append(error)
+        else:
+            raise UserError(f"the chat template of {name} refuses a plain dialogue ({problems[0]})") from None
         labels = [self.label(rendered, ids, offsets) for rendered, ids, offsets in probes]
         special = {i for (_, ids, _), found in zip(probes, labels, strict=True) for i in np.array(ids)[found.special]}
         self.facts = TemplateFacts(
             prefix_ids=_common_prefix([ids for _, ids, _ in probes]),
             special_ids=tuple(sorted(int(i) for i in special)),
+            stop_ids=() if stop is None else (stop,),
+            parts=self._parts,
             sha256=sha256(text.encode()).hexdigest(),
         )
 
-    def render(self, dialogue: Dialogue) -> Rendered:
-        """The dialogue as text, with the place of every content.
+    @property
+    def begins_turns(self) -> bool:
+        """Whether the template opens turns with the tokenizer's beginning-of-text token."""
+        return any(self._grammar.begin in ids for ids, _ in self._grammar.signs) and self._grammar.bos is None
+
+    def render(self, dialogue: Dialogue, *, prompt: bool = False) -> Rendered:
+        """The dialogue as text, with the place of every content; `prompt`: with what comes before an answer.
 
         Raises:
             SkippedError: a role is unknown, a content holds a special token or no valid Unicode, or the template
@@ -154,11 +187,51 @@ class ChatTemplate:
             if message.role not in ROLES:
                 raise SkippedError(f"unknown role {message.role[:20]!r}")
             check_content(message.content, self._special_text)
+        text = self.text(messages, prompt=prompt)
+
+        def render(marked: Sequence[Message]) -> str | None:
+            try:
+                return self.text(marked, prompt=prompt)
+            except SkippedError:
+                return None
+
         try:
-            text = self._text(messages)
+            spans = locate(messages, text, render)
+        except LeftOutError:
+            raise SkippedError("turn left out by the template") from None
+        return Rendered(dialogue.id, text, tuple(ROLES[m.role] for m in messages), spans, prompt)
+
+    def text(self, messages: Iterable[Message], *, prompt: bool = False) -> str:
+        """What the template makes of messages; nothing else in the package renders.
+
+        Raises:
+            SkippedError: the template raises.
+        """
+        chat: Any = [{"role": m.role, "content": self._content(m.content)} for m in messages]
+        try:
+            text = self._tokenizer.apply_chat_template(
+                chat,
+                chat_template=self._template,
+                tokenize=False,
+                date_string=DATE,
+                add_generation_prompt=prompt,
+            )
         except _TEMPLATE_ERRORS as error:
             raise SkippedError(f"template: {_line(error)}") from None
-        return Rendered(dialogue.id, text, tuple(ROLES[m.role] for m in messages), self._locate(messages, text))
+        assert isinstance(text, str)
+        return text
+
+    def prompt_ids(self, messages: Iterable[Message]) -> list[int]:
+        """The token ids of a prompt, up to and with what comes before its answer; contents may hold special tokens.
+
+        Raises:
+            SkippedError: the template raises, or a content is no valid Unicode.
+        """
+        try:
+            ids: list[int] = encode(self._tokenizer, [self.text(messages, prompt=True)], offsets=False)["input_ids"][0]
+        except UnicodeEncodeError:
+            raise SkippedError("content is not valid Unicode") from None
+        return ids
 
     def label(self, rendered: Rendered, ids: Sequence[int], offsets: Sequence[Span] | None) -> Labels:
         """Labels of the tokens of a rendered dialogue.
@@ -167,7 +240,8 @@ class ChatTemplate:
         """
         if rendered.spans is None or offsets is None:
             return self._grammar.label_by_headers(ids, own_system=Role.SYSTEM in rendered.roles)
-        return self._grammar.label(ids, self._token_spans(rendered.spans, offsets), rendered.roles)
+        answer = Role.ASSISTANT if rendered.prompt else None
+        return self._grammar.label(ids, self._token_spans(rendered.spans, offsets), rendered.roles, answer=answer)
 
     @staticmethod
     def _token_spans(spans: Sequence[CharacterSpan], offsets: Sequence[Span]) -> list[Span]:
@@ -178,30 +252,8 @@ class ChatTemplate:
         first = np.where(core < end, earlier, first)  # a blank content claims no token of the template
         return list(zip(first.tolist(), np.searchsorted(starts, end).tolist(), strict=True))
 
-    def _text(self, messages: Sequence[Message]) -> str:
-        chat: Any = [{"role": message.role, "content": message.content} for message in messages]
-        text = self._tokenizer.apply_chat_template(chat, chat_template=self._template, tokenize=False, date_string=DATE)
-        assert isinstance(text, str)
-        return text
-
-    def _locate(self, messages: Sequence[Message], plain: str) -> tuple[CharacterSpan, ...] | None:
-        """Character spans of the contents: marked with private-use characters, rendered, and found again.
-
-        Marks stand around the whole content, or, where the template trims it, around its core. None where the
-        template rewrites a content, so that the marks do not survive or the text is another one.
-        """
-        if len(messages) > _MARKERS:
-            return None
-        whole = [_marked(i, message, core=False) for i, message in enumerate(messages)]
-        cores = [_marked(i, message, core=True) for i, message in enumerate(messages)]
-        for marked in [whole] if cores == whole else [whole, cores]:
-            try:
-                text = self._text(marked)
-            except _TEMPLATE_ERRORS:
-                return None
-            if _MARKER.sub("", text) == plain:
-                return _spans(text, plain, len(messages))
-        return None
+    def _content(self, content: str) -> str | list[dict[str, str]]:
+        return [{"type": "text", "text": content}] if self._parts else content
 
     def _probe(self, messages: Sequence[Message]) -> tuple[Rendered, list[int], list[Span] | None]:
         rendered = self.render(Dialogue("probe", "probe", tuple(messages)))
@@ -217,21 +269,76 @@ class ChatTemplate:
         flat = [0, *chain.from_iterable(self._token_spans(rendered.spans, offsets)), len(ids)]
         return [ids[start:stop] for start, stop in zip(flat[::2], flat[1::2], strict=True)]
 
-    def _learned(self) -> Grammar:
-        """The grammar with the tokens that end a turn, and the words that name the roles, filled in."""
+    def _learned(self) -> tuple[Grammar, int | None]:
+        """The grammar with what the template writes around turns filled in, and the token that ends an answer."""
+        grammar = replace(self._grammar, bos=None)
         turns = _turns(_PROBES[0])
         gaps = self._gaps(turns)
-        closing = self._grammar.first_control(gaps[-1]) if gaps else None
-        grammar = replace(self._grammar, closing=frozenset(() if closing is None else (closing,)))
-        names = {grammar.header_name(gap): ROLES[turn.role] for gap, turn in zip(gaps, turns, strict=False)}
-        try:
-            with_system = self._gaps([Message("system", "Be kind."), *turns])
-        except SkippedError:  # a template without system turns
-            with_system = []
-        if with_system:
-            names.setdefault(grammar.header_name(with_system[0]), Role.SYSTEM)
+        if not gaps:
+            return self._grammar, None
+        opening = self._opening(turns[:1])
+        stop = grammar.first_control(gaps[-1])
+        # a beginning-of-text token that also stands between a question and its answer opens or closes turns
+        turned = grammar.begin in gaps[1] or stop == grammar.begin
+        grammar = replace(grammar, bos=None if turned else grammar.begin)
+        header = grammar.first_control(opening)
+        question_end = gaps[1][: gaps[1].index(header)] if header in gaps[1] else []
+        closing = {stop, grammar.first_control(question_end)} - {None}
+        grammar = replace(grammar, closing=frozenset(i for i in closing if i is not None))
+        seen = [(turn.role, gap) for turn, gap in zip(turns, gaps, strict=False)]
+        for before, role in ((turns[:0], "system"), (turns[:2], "tool")):
+            with suppress(SkippedError):  # a template without such turns
+                more = self._gaps([*before, Message(role, "Be kind."), *turns])
+                seen += [(role, gap) for gap in more[len(before) :][:1]]
+        return self._with_headers(grammar, seen, opening), stop
+
+    def _with_headers(self, grammar: Grammar, seen: Sequence[tuple[str, list[int]]], opening: list[int]) -> Grammar:
+        """The grammar with the headers at the end of gaps; `opening` is that of an answer."""
+        names: dict[str, Role] = {}
+        headers: dict[Role, tuple[int, ...]] = {}
+        signs: dict[Sign, tuple[Role, tuple[tuple[int, ...], ...]]] = {}
+        for role, gap in [*seen[1:], ("assistant", opening)]:  # the first may hold a text of the template's own
+            sign, header, tail = grammar.sign(gap)
+            names.setdefault(sign[1], ROLES[role])
+            if sign[0]:
+                headers.setdefault(ROLES[role], header)
+                known, tails = signs.get(sign, (ROLES[role], ()))
+                signs[sign] = (known, tails if tail in tails else (*tails, tail))
+        own = grammar.sign(list(takewhile(lambda i: i not in grammar.closing, seen[0][1])))[0]
+        if own[0] and len(grammar.closing.intersection(seen[0][1])) > 0:
+            signs.setdefault(own, (Role.DEFAULT_SYSTEM, ((),)))
         names.pop("", None)
-        return replace(grammar, names=names)
+        return replace(grammar, names=names, headers=headers, signs=signs)
+
+    def _opening(self, messages: Sequence[Message]) -> list[int]:
+        """What the template writes before an answer; nothing where it cannot be told from what it writes anyway."""
+        try:
+            with_it, without = (self.text(messages, prompt=prompt) for prompt in (True, False))
+        except SkippedError:
+            return []
+        text = with_it[len(without) :] if with_it.startswith(without) else ""
+        return encode(self._tokenizer, [text], offsets=False)["input_ids"][0] if text else []
+
+
+def messages_of(prompt: str | Sequence[Message | Mapping[str, str]]) -> tuple[Message, ...]:
+    """What a user asks, or messages in either form, as messages.
+
+    Raises:
+        UserError: a mapping has no role or no content.
+    """
+    if isinstance(prompt, str):
+        return (Message("user", prompt),)
+    messages = []
+    for message in prompt:
+        if not isinstance(message, Message):
+            try:
+                message = Message(message["role"], message["content"])
+            except KeyError as error:
+                raise UserError(
+                    f"a message has the keys role and content; {error} is missing in {dict(message)!r}"
+                ) from None
+        messages.append(message)
+    return tuple(messages)
 
 
 def check_content(content: str, special_text: re.Pattern[str]) -> None:
@@ -259,32 +366,6 @@ def _pinned(template: str) -> str:
 
 def _turns(contents: Sequence[str]) -> list[Message]:
     return [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]
-
-
-def _marked(index: int, message: Message, *, core: bool) -> Message:
-    content = message.content
-    inner = content.strip() if core else content
-    lead = content.index(inner)
-    wrapped = f"{content[:lead]}{chr(_OPEN + index)}{inner}{chr(_CLOSE + index)}{content[lead + len(inner) :]}"
-    return Message(message.role, wrapped)
-
-
-def _spans(marked: str, text: str, turns: int) -> tuple[CharacterSpan, ...] | None:
-    """The places between the marks, in the text without them.
-
-    Raises:
-        SkippedError: both marks of a turn are gone.
-    """
-    places: dict[int, int] = {}
-    marks = list(_MARKER.finditer(marked))
-    for before, mark in enumerate(marks):
-        places[ord(mark[0])] = mark.start() - before
-    if any(_OPEN + i not in places and _CLOSE + i not in places for i in range(turns)):
-        raise SkippedError("turn left out by the template")
-    if [ord(mark[0]) for mark in marks] != [base + i for i in range(turns) for base in (_OPEN, _CLOSE)]:
-        return None  # a mark is gone, or contents stand twice or in another order
-    spans = [(places[_OPEN + i], places[_CLOSE + i]) for i in range(turns)]
-    return tuple((start, stop - len(text[start:stop].lstrip()), stop) for start, stop in spans)
 
 
 def _common_prefix(sequences: Sequence[Sequence[int]]) -> tuple[int, ...]:

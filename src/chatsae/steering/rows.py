@@ -3,16 +3,15 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-import jinja2
 import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from chatsae.batch import Dialogue, Kind, Message, Role, TokenBatch
-from chatsae.data.template import DATE, Rendered, SkippedError, chat_template, encode
+from chatsae.data.labels import Labels
+from chatsae.data.template import Rendered, SkippedError, chat_template, encode, messages_of
 from chatsae.errors import UserError
 
 
@@ -34,10 +33,7 @@ Prompt = str | Sequence[Message | Mapping[str, str]] | Row
 
 
 def row_of_ids(ids: Int[Tensor, " N"], tokenizer: PreTrainedTokenizerBase | None) -> Row:
-    """A prompt given as token ids, labelled by the headers in it; with no tokenizer, or template, not labelled.
-
-    What follows a header is its role's content; the line end after the role's name is the template's.
-    """
+    """A prompt given as token ids, labelled by the headers in it; with no tokenizer, or template, not labelled."""
     ids = ids.cpu().long()
     none = torch.zeros(len(ids), dtype=torch.uint8)
     if tokenizer is None or not tokenizer.chat_template:
@@ -45,15 +41,7 @@ def row_of_ids(ids: Int[Tensor, " N"], tokenizer: PreTrainedTokenizerBase | None
     template = chat_template(tokenizer)
     prefix, listed = list(template.facts.prefix_ids), ids.tolist()
     roles = () if listed[: len(prefix)] == prefix else (Role.SYSTEM,)
-    labels = template.label(Rendered("", "", roles, None), listed, None)
-    role, kind = torch.from_numpy(labels.role.copy()), torch.from_numpy(labels.kind.copy())
-    after_name = False
-    for p, token in enumerate(listed):
-        after_name = after_name and kind[p] == Kind.CONTENT and not str(tokenizer.decode([token])).strip()
-        if after_name:
-            kind[p] = Kind.TEMPLATE_TEXT
-        after_name = after_name or bool(kind[p] == Kind.ROLE_NAME)
-    return _first(Row(ids, role, kind, len(ids)))
+    return _labelled(listed, template.label(Rendered("", "", roles, None), listed, None))
 
 
 def row_of_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Row:
@@ -64,25 +52,15 @@ def row_of_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Row:
     """
     if isinstance(prompt, Row):
         return prompt_of(prompt)
-    messages = [Message("user", prompt)] if isinstance(prompt, str) else [_message(m) for m in prompt]
     template = chat_template(tokenizer)
-    answered = Dialogue("prompt", "prompt", (*messages, Message("assistant", "Yes.")))
-    turns: Any = [{"role": m.role, "content": m.content} for m in messages]
     try:
-        rendered = template.render(answered)
-        text: Any = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, date_string=DATE)
+        rendered = template.render(Dialogue("prompt", "prompt", messages_of(prompt)), prompt=True)
     except SkippedError as reason:
         raise UserError(f"a prompt cannot be rendered: {reason}") from None
-    except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
-        raise UserError(f"a prompt cannot be rendered: {' '.join(str(error).split())}") from None
-    ids: list[int] = encode(tokenizer, [text], offsets=False)["input_ids"][0]
-    whole = encode(tokenizer, [rendered.text], offsets=tokenizer.is_fast)
-    if whole["input_ids"][0][: len(ids)] != ids:  # a generation prompt of its own, to think say
-        return row_of_ids(torch.tensor(ids), tokenizer)
-    offsets = whole["offset_mapping"][0] if tokenizer.is_fast else None
-    labels = template.label(rendered, whole["input_ids"][0], offsets)
-    role, kind = (torch.from_numpy(x[: len(ids)].copy()) for x in (labels.role, labels.kind))
-    return _first(Row(torch.tensor(ids), role, kind, len(ids)))
+    encoded = encode(tokenizer, [rendered.text], offsets=tokenizer.is_fast)
+    ids: list[int] = encoded["input_ids"][0]
+    offsets = encoded["offset_mapping"][0] if tokenizer.is_fast else None
+    return _labelled(ids, template.label(rendered, ids, offsets))
 
 
 def rows_of_dialogues(tokens: TokenBatch, max_length: int | None = None) -> list[Row]:
@@ -130,15 +108,7 @@ def left_padded(rows: Sequence[Row], pad_id: int) -> tuple[Int[Tensor, "B T"], I
     return ids, mask
 
 
-def _first(row: Row) -> Row:
-    row.kind[:1] = Kind.FIRST  # as in every batch of rendered dialogues
-    return row
-
-
-def _message(message: Message | Mapping[str, str]) -> Message:
-    if isinstance(message, Message):
-        return message
-    try:
-        return Message(message["role"], message["content"])
-    except KeyError as error:
-        raise UserError(f"a message has the keys role and content; {error} is missing in {dict(message)!r}") from None
+def _labelled(ids: list[int], labels: Labels) -> Row:
+    kind = torch.from_numpy(labels.kind.copy())
+    kind[:1] = Kind.FIRST  # as in every batch of rendered dialogues
+    return Row(torch.tensor(ids, dtype=torch.int64), torch.from_numpy(labels.role.copy()), kind, len(ids))
