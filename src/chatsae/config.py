@@ -54,6 +54,8 @@ class ModelConfig(_Checked):
     """Module path of the list of blocks, for an architecture in which it is not found (docs/models.md)."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    chat_template: str | None = None
+    """Name of the chat template, where the tokenizer has several; default: the one it calls default."""
     random_weights: Seed | None = None
     """Seed of random weights in place of the model's own, each tensor of its mean and variance: a control."""
     trust_remote_code: bool = False

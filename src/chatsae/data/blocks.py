@@ -29,11 +29,11 @@ class Tokens:
         return Tokens(self.name if name is None else name, self.ids[cut], labels)
 
 
-def cut(sequences: Iterable[Tokens], max_length: int, tally: Counter[str]) -> Iterator[Tokens]:
-    """Every sequence, of a longer one its first `max_length` tokens; how many were cut is counted."""
+def cut(sequences: Iterable[Tokens], max_length: int, what: str, tally: Counter[str]) -> Iterator[Tokens]:
+    """Every sequence, of a longer one its first `max_length` tokens; how many were cut is counted as `what`."""
     for tokens in sequences:
         if len(tokens) > max_length:
-            tally[f"cut at {max_length} tokens"] += 1
+            tally[what] += 1
         yield tokens.part(0, max_length)
 
 

@@ -18,6 +18,7 @@ from chatsae.data.template import (
     TemplateFacts,
     chat_template,
     check_content,
+    document_begin,
     encode,
     special_text,
     template_facts,
@@ -45,7 +46,7 @@ def render(
     """Labelled token sequences, `chunk` of them in a batch, streamed.
 
     fast: each dialogue, rendered with the tokenizer's own chat template, is one sequence, cut at `max_length` or at
-    the tokenizer's `model_max_length`, whichever is less.
+    the tokenizer's `model_max_length` (at most the model's context), whichever is less.
     bt-f: rendered dialogues end to end, in blocks of exactly `block_size` tokens; bt-f-isolated: each part of a
     dialogue in such a block is a sequence. bt-p: documents end to end, a beginning-of-text token before each or, where
     the tokenizer has none, an end-of-text token after each, in blocks.
@@ -64,24 +65,31 @@ def render(
     counts = Counter[str]() if tally is None else tally
     prefix = () if method == "bt-p" else chat_template(tokenizer).facts.prefix_ids
     whole = _sequences(items, tokenizer, method, counts, chunk)
-    sequences = as_sequences(whole, method, longest(tokenizer, max_length), block_size, counts)
+    sequences = as_sequences(whole, tokenizer, method, max_length, block_size, counts)
     return batches(sequences, prefix, chunk, counts)
 
 
 def as_sequences(
-    whole: Iterator[Tokens], method: Method, max_length: int, block_size: int, tally: Counter[str]
+    whole: Iterator[Tokens],
+    tokenizer: PreTrainedTokenizerBase,
+    method: Method,
+    max_length: int,
+    block_size: int,
+    tally: Counter[str],
 ) -> Iterator[Tokens]:
     """What the methods differ in: fast cuts each dialogue at `max_length`, bt-f and bt-p join all into blocks.
 
     bt-f-isolated cuts those blocks where a dialogue ends, so that its tokens see no other dialogue.
     """
     if method == "fast":
-        return cut(whole, max_length, tally)
+        limit = longest(tokenizer, max_length)
+        what = f"cut at {limit} tokens" + (", the longest that the model takes" if limit < max_length else "")
+        return cut(whole, limit, what, tally)
     return pieces(whole, block_size, tally) if method == "bt-f-isolated" else blocks(whole, block_size, tally)
 
 
 def longest(tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-    """The length at which a dialogue is cut; `model_max_length` is 1e30 where the tokenizer does not say."""
+    """The length at which a dialogue is cut; `model_max_length` is 1e30 where neither tokenizer nor model says."""
     return min(max_length, tokenizer.model_max_length)
 
 
@@ -194,8 +202,9 @@ def _sequences(
 
 def _separators(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """Token ids before and after each document, as the base models of the family were pretrained."""
-    if tokenizer.bos_token_id is not None:
-        return [tokenizer.bos_token_id], []
+    begin = document_begin(tokenizer)
+    if begin is not None:
+        return [begin], []
     text = "<|endoftext|>"
     token_id = tokenizer.convert_tokens_to_ids(text)
     if isinstance(token_id, int) and tokenizer.convert_ids_to_tokens(token_id) == text:

@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from chatsae.batch import TokenBatch
 from chatsae.errors import UserError
+from chatsae.lm.forward import check_block
 from chatsae.lm.tap import FORWARD_ERRORS, Decoder, cache_argument, cache_of
 
 _WEIGHTS = 2**28  # bytes of the attention weights of one layer at a time
@@ -75,8 +76,7 @@ def leakage(
     """
     if block_size < 1:
         raise UserError(f"data.block_size: expected a positive number, got {block_size}")
-    if lm.max_positions is not None and block_size > lm.max_positions:
-        raise UserError(f"data.block_size is {block_size}, the context of {lm.name} is {lm.max_positions}")
+    check_block(lm, block_size)
     sums = _Sums(len(lm.blocks), block_size)
     reason = None
     for ids, owner in _blocks(dialogues, block_size):

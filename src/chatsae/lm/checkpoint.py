@@ -176,26 +176,51 @@ def weight_files(source: Source) -> list[str]:
 
 
 def load_tokenizer(
-    name: str | Path, revision: str | None = None, trust_remote_code: bool = False
+    name: str | Path,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    chat_template: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, without its weights.
+    """The tokenizer of a model, without its weights; `chat_template`: the name of one, where it has several.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is none, it cannot be read, or it has no chat template of that name.
     """
-    return read_tokenizer(locate(name, revision, trust_remote_code, needs=_TOKENIZER_FILES))
+    source = locate(name, revision, trust_remote_code, needs=_TOKENIZER_FILES)
+    return read_tokenizer(source, chat_template, _max_positions(source))
 
 
-def read_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """See `load_tokenizer`."""
+def _max_positions(source: Source) -> int | None:
+    """The context of the model that a tokenizer belongs to; None where its configuration is absent or says nothing."""
+    try:
+        with quiet():
+            config = transformers.AutoConfig.from_pretrained(source.path, **source.kwargs())
+        return getattr(text_config(config), "max_position_embeddings", None)
+    except LOAD_ERRORS:  # whoever loads the model is told
+        return None
+
+
+def read_tokenizer(
+    source: Source, chat_template: str | None = None, max_positions: int | None = None
+) -> PreTrainedTokenizerBase:
+    """See `load_tokenizer`; `model_max_length` is at most `max_positions`, the model's context."""
     if source.local and not any((Path(source.path) / file).is_file() for file in _TOKENIZER_FILES):
         raise UserError(f"{source.path}: no tokenizer in this directory ({' or '.join(_TOKENIZER_FILES)})")
     try:
         with quiet():
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source.path, **source.kwargs())
-        return tokenizer
     except LOAD_ERRORS as error:
         raise UserError(f"{source.name}: the tokenizer cannot be read: {one_line(error)}") from None
+    if max_positions is not None:  # many a tokenizer claims 1e30
+        tokenizer.model_max_length = min(tokenizer.model_max_length, max_positions)
+    if chat_template is not None:
+        named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+        if chat_template not in named:
+            has = f"it has {', '.join(sorted(named))}" if named else "it has no named ones"
+            raise UserError(f"model.chat_template: {source.name} has no chat template {chat_template!r}; {has}")
+        tokenizer.chat_template = named[chat_template]
+    return tokenizer
 
 
 @dataclass(frozen=True, slots=True)

@@ -182,6 +182,16 @@ def _to(device: torch.device, ids: Int[Tensor, "..."]) -> Int[Tensor, "..."]:
     return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids.to(device)
 
 
+def check_block(lm: Decoder, block_size: int) -> None:
+    """Refuse blocks that are longer than the model's context.
+
+    Raises:
+        UserError: they are.
+    """
+    if lm.max_positions is not None and block_size > lm.max_positions:
+        raise UserError(f"data.block_size is {block_size}, the context of {lm.name} is {lm.max_positions}")
+
+
 def check_tokens(lm: Decoder, tokens: TokenBatch) -> None:
     """Refuse what the model would read wrongly or not at all.
 

@@ -50,12 +50,14 @@ class LanguageModel:
         layer_path: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        chat_template: str | None = None,
         random_weights: int | None = None,
         head: bool = False,
     ) -> None:
         """Load it; `device_map` spreads the blocks over all GPUs, `quantization` is one of `Placement`'s.
 
-        `random_weights`: a seed of random weights in place of its own (`chatsae.lm.random_weights`).
+        `chat_template`: the name of one, where the tokenizer has several. `random_weights`: a seed of random weights in
+        place of its own (`chatsae.lm.random_weights`).
 
         Raises:
             UserError: the model is unknown or no decoder-only language model, a layer is out of range or asked for
@@ -63,7 +65,7 @@ class LanguageModel:
         """
         self._placement = pick_placement(device, dtype, device_map, quantization)
         self.device, self.dtype = self._placement.device, self._placement.dtype
-        self._layer_path = layer_path
+        self._layer_path, self._chat_template = layer_path, chat_template
         self._source = checkpoint.locate(name, revision, trust_remote_code)
         config = checkpoint.read_config(self._source)
         text = stacks.text_config(config)
@@ -87,7 +89,7 @@ class LanguageModel:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer, read at first use."""
-        return checkpoint.read_tokenizer(self._source)
+        return checkpoint.read_tokenizer(self._source, self._chat_template, self.max_positions)
 
     def with_head(self) -> "LanguageModel":
         """The whole model with its head, loaded at first use; from then on both hold one copy of the weights."""
@@ -104,6 +106,7 @@ class LanguageModel:
                 layer_path=self._layer_path,
                 revision=self._source.revision,
                 trust_remote_code=self._source.trust_remote_code,
+                chat_template=self._chat_template,
                 random_weights=self.random_weights,
                 head=True,
             )
@@ -245,6 +248,7 @@ def load_model(config: ModelConfig, *, head: bool = False) -> LanguageModel:
         layer_path=config.layer_path,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
+        chat_template=config.chat_template,
         random_weights=config.random_weights,
         head=head,
     )

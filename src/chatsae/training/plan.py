@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from chatsae import console
-from chatsae.config import Method, RunConfig, SAESpec, check_run, sae_specs
+from chatsae.config import DataConfig, Method, RunConfig, SAESpec, check_run, sae_specs
 from chatsae.console import Column
 from chatsae.errors import UserError
 from chatsae.lm.checkpoint import ModelFacts
@@ -43,6 +43,8 @@ class Pass:
     predicted_sae_seconds: float | None = None
     notes: tuple[str, ...] = ()
     """Why a time was not predicted, or what it was scaled from."""
+    context: str = ""
+    """What the model's context does to the sequences, where it is shorter than they may be."""
 
     def facts(self) -> dict[str, Any]:
         """The pass as JSON."""
@@ -138,7 +140,17 @@ def plan_pass(recipe: str, config: RunConfig, facts: ModelFacts) -> Pass:
         buffer_bytes=width * config.buffer.capacity * len(layers) * facts.d_in,
         lm_flops=2.0 * (loaded - facts.embedding_parameters) * config.train.tokens,
         sae_flops=float(_SAE_FLOPS) * encoder_weights * config.train.tokens,
+        context=_context(config.data, facts),
     )
+
+
+def _context(data: DataConfig, facts: ModelFacts) -> str:
+    size = data.max_length if data.method == "fast" else data.block_size
+    if facts.max_positions is None or size <= facts.max_positions:
+        return ""
+    if data.method == "fast":
+        return f"dialogues are cut at {facts.max_positions:,} tokens, the context of {facts.name}"
+    return f"{data.method} cannot run: data.block_size is {size:,}, the context of {facts.name} {facts.max_positions:,}"
 
 
 def plan_table(passes: Sequence[Pass]) -> str:
@@ -161,7 +173,7 @@ def plan_table(passes: Sequence[Pass]) -> str:
     ]
     total = sum(len(p.saes) for p in passes)
     title = f"{len(passes)} {'pass trains' if len(passes) == 1 else 'passes train'} {total} SAEs"
-    notes = dict.fromkeys(f"{p.recipe}: {note}" for p in passes for note in p.notes)
+    notes = dict.fromkeys(f"{p.recipe}: {note}" for p in passes for note in (p.context, *p.notes) if note)
     names = dict.fromkeys(f"{p.model}: {', '.join(s.name for s in p.saes)}" for p in passes)
     table = console.table(title, [Column(key) for key in rows[0]], rows, group="recipe")
     return "\n".join([table, *([_TIMED] if timed else []), *notes, *names])

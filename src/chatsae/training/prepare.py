@@ -17,7 +17,8 @@ def prepare_data(config: RunConfig, out: Path, *, engine: Engine = "local") -> M
         UserError: the recipe, the tokenizer, a source or the directory is not usable.
     """
     data = config.data
-    tokenizer = load_tokenizer(config.model.name, config.model.revision, config.model.trust_remote_code)
+    model = config.model
+    tokenizer = load_tokenizer(model.name, model.revision, model.trust_remote_code, chat_template=model.chat_template)
     max_tokens = config.train.tokens if data.max_tokens is None else data.max_tokens
     manifest = prepare(data, tokenizer, out, seed=config.train.seed, max_tokens=max_tokens, engine=engine)
     for line in warnings(manifest):

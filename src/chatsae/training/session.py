@@ -16,6 +16,7 @@ from chatsae.data.store.manifest import changes, manifest_digest
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
 from chatsae.files import read_object, write_json
+from chatsae.lm.forward import check_block
 from chatsae.lm.load import LanguageModel, load_model
 from chatsae.run_model import remember_model
 from chatsae.runs import Run
@@ -42,6 +43,8 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         checkpoint = run.load_checkpoint()
         resumes, seed = checkpoint is not None, config.train.seed
         lm = load_model(remember_model(run, resumes=resumes))
+        if config.data.method != "fast":
+            check_block(lm, config.data.block_size)
         specs = sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in)
         check_fits(specs)
         tally: Counter[str] = Counter()

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from chatsae import console
 from chatsae.batch import Dialogue, Document
 from chatsae.config import DataConfig
-from chatsae.data.render import template_facts
+from chatsae.data.render import longest, template_facts
 from chatsae.data.sources import Kind, Source, resolve
 from chatsae.data.store.manifest import MANIFEST, Manifest, changes, recipe_of
 from chatsae.data.store.parallel import tokenised
@@ -142,6 +142,8 @@ class _Preparation:
         selection = Selection(sources, kind, config, seed=seed, special=special, shared=shared, resume=resume)
         prefix = template_facts(tokenizer).prefix_ids if kind == "dialogues" else ()
         stop = self._recipe["stops"]
+        if stop is not None:  # a dialogue counts as far as a training reads it
+            stop = {**stop, "max_length": longest(tokenizer, stop["max_length"])}
         writing = Writing(self._out, kind, sources, prefix, stop, state)
         if state is not None:
             console.say(f"{kind}: going on after {selection.n_rows:,} rows")

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from chatsae.batch import SPLITS, Split, TokenBatch
 from chatsae.config import Method
 from chatsae.data.blocks import Tokens
-from chatsae.data.render import as_sequences, batches, longest
+from chatsae.data.render import as_sequences, batches
 from chatsae.data.store.manifest import Manifest, tokenizer_facts
 from chatsae.data.store.shards import Shard, read_shard
 from chatsae.data.store.writing import TEXT
@@ -58,7 +58,7 @@ class Prepared:
             raise UserError(f"{self.directory} holds nothing for method {method}, split {split}; it has {has}")
         prefix = tuple(self.manifest.facts["recipe"]["tokenizer"].get("prefix_ids", ())) if method != "bt-p" else ()
         whole = self._sequences(name)
-        sequences = as_sequences(whole, method, longest(self._tokenizer, max_length), block_size, counts)
+        sequences = as_sequences(whole, self._tokenizer, method, max_length, block_size, counts)
         return batches(sequences, prefix, _CHUNK, counts)
 
     def _sequences(self, name: str) -> Iterator[Tokens]:
