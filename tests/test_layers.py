@@ -17,28 +17,28 @@ LAYERS = {
     "console": 1,
     "batch": 1,
     "data": 2,
-    "lm": 2,
+    "lm": 3,
     "sae": 2,
     "runs": 2,
     "buffer": 3,
-    "run_model": 3,
-    "training": 4,
-    "evals": 4,
-    "features": 4,
-    "steering": 4,
-    "demo": 6,
-    "bench": 5,
-    "sweep": 5,
-    "page": 5,
-    "steersweep": 5,
-    "cli_features": 6,
-    "serve": 5,
-    "cli_serve": 6,
-    "audit": 5,
-    "cli_audit": 6,
-    "cli_steer": 6,
-    "cli": 7,
-    "__init__": 5,
+    "run_model": 4,
+    "training": 5,
+    "evals": 5,
+    "features": 5,
+    "steering": 5,
+    "demo": 7,
+    "bench": 6,
+    "sweep": 6,
+    "page": 6,
+    "steersweep": 6,
+    "cli_features": 7,
+    "serve": 6,
+    "cli_serve": 7,
+    "audit": 6,
+    "cli_audit": 7,
+    "cli_steer": 7,
+    "cli": 8,
+    "__init__": 6,
 }
 
 
@@ -105,6 +105,11 @@ def test_an_sae_needs_no_transformers():
             path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
             assert "transformers" not in path.read_text(encoding="utf-8").replace("transformers' ", "")
             assert not any(_part(t) in ("lm", "data", "runs") for t in imported)
+
+
+def test_templates_are_rendered_in_one_place():
+    calls = [p for p in FILES if "apply_chat_template" in p.read_text(encoding="utf-8")]
+    assert [p.relative_to(ROOT).as_posix() for p in calls] == ["data/template.py"]
 
 
 def test_files_and_functions_stay_short():

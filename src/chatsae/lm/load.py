@@ -5,7 +5,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 import transformers
 from torch import nn
@@ -14,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from chatsae import console
 from chatsae.batch import Message, TokenBatch
 from chatsae.config import ModelConfig
+from chatsae.data.template import SkippedError, chat_template, messages_of
 from chatsae.errors import UserError
 from chatsae.lm import checkpoint, placement, stacks
 from chatsae.lm.checkpoint import ModelFacts, demo_model_path, load_tokenizer, model_facts
@@ -139,32 +139,49 @@ class LanguageModel:
 
     def answer(self, prompt: str | Sequence[Message | Mapping[str, str]], *, max_new_tokens: int) -> tuple[str, str]:
         """The answer that `chat` gives, and why it ended: "stop", or "length" if it was cut off."""
-        messages = [Message("user", prompt)] if isinstance(prompt, str) else prompt
-        turns = [dict(m) if isinstance(m, Mapping) else {"role": m.role, "content": m.content} for m in messages]
-        if not self.tokenizer.chat_template:
-            raise UserError(f"{self.name}: the tokenizer has no chat template; an instruct model is needed")
-        try:
-            rendered: Any = self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt")
-        except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
-            raise UserError(f"{self.name}: the chat template fails: {checkpoint.one_line(error)}") from None
-        n_prompt = rendered["input_ids"].shape[1]
+        ids = self.prompt_ids(prompt)
+        n_prompt = ids.shape[1]
         if self.max_positions is not None:
             max_new_tokens = min(max_new_tokens, self.max_positions - n_prompt)
         if max_new_tokens < 1:
             raise UserError(f"{self.name}: a prompt of {n_prompt} tokens leaves no room for an answer")
-        answer = self.with_head()._generate(dict(rendered), max_new_tokens)[0, n_prompt:].tolist()
-        whole = len(answer) < max_new_tokens or answer[-1] in self.tokenizer.all_special_ids
-        return str(self.tokenizer.decode(answer, skip_special_tokens=True)), "stop" if whole else "length"
+        whole = self.with_head()
+        answer = whole._generate(ids, max_new_tokens)[0, n_prompt:].tolist()
+        ended = len(answer) < max_new_tokens or answer[-1] in whole.stop_ids
+        return str(self.tokenizer.decode(answer, skip_special_tokens=True)), "stop" if ended else "length"
 
-    def _generate(self, inputs: dict[str, torch.Tensor], max_new_tokens: int) -> torch.Tensor:
+    def prompt_ids(self, prompt: str | Sequence[Message | Mapping[str, str]]) -> torch.Tensor:
+        """Token ids [1, T] of a prompt or of messages as the chat template renders them before an answer.
+
+        Raises:
+            UserError: the tokenizer has no chat template, or the template refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise UserError(f"{self.name}: the tokenizer has no chat template; an instruct model is needed")
+        try:
+            return torch.tensor([chat_template(self.tokenizer).prompt_ids(messages_of(prompt))])
+        except SkippedError as reason:
+            raise UserError(f"{self.name}: a prompt cannot be rendered: {reason}") from None
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: those the model's generation config names, eos, and what the template writes
+        after an answer. Of a model with its head."""
+        listed = self.model.generation_config.eos_token_id
+        found = {*(listed if isinstance(listed, list) else [listed]), self.tokenizer.eos_token_id}
+        if self.tokenizer.chat_template:
+            found |= {*chat_template(self.tokenizer).facts.stop_ids}
+        return frozenset(i for i in found if i is not None)
+
+    def _generate(self, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
         # Whatever a model's own generation_config.json asks for, the answer is the plain greedy one.
         greedy = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0, no_repeat_ngram_size=0
         )
-        if self.model.generation_config.eos_token_id is None:
-            greedy.eos_token_id = self.tokenizer.eos_token_id
+        greedy.eos_token_id = sorted(self.stop_ids) or None
+        ids = ids.to(self.device)
         with checkpoint.quiet(), torch.inference_mode():
-            return self.model.generate(**{k: v.to(self.device) for k, v in inputs.items()}, generation_config=greedy)
+            return self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
 
     def _adopt(self, model: Any) -> None:
         self.model = model

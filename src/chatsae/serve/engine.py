@@ -16,7 +16,6 @@ from chatsae.serve.answer import Answer
 from chatsae.serve.errors import ApiError
 from chatsae.serve.rows import Rows
 from chatsae.serve.sampling import Dice
-from chatsae.steering.generate import ending_ids
 
 _WORK_SECONDS = 0.05  # of other work between two steps, begun
 
@@ -33,7 +32,7 @@ class Engine:
         """`gather`: seconds to wait for more requests where none is under way."""
         self.rows = Rows(lm.with_head(), margin)
         self._most, self._gather = most, gather
-        self._ends = ending_ids(self.rows.full)
+        self._ends = self.rows.full.stop_ids
         self._waiting: deque[Answer] = deque()
         self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._changed = threading.Condition()

@@ -88,7 +88,7 @@ def generate(
     with steering, torch.inference_mode():
         loop = _Loop(steering, rows * 2 if beside else rows, use_cache)
         ids = loop.run(len(rows), max_new_tokens, watch)
-    ends = ending_ids(full)
+    ends = full.stop_ids
     completions = []
     for i, (row, new) in enumerate(zip(rows, ids, strict=True)):
         text = str(full.tokenizer.decode(new, skip_special_tokens=True))
@@ -114,7 +114,7 @@ class _Loop:
     def run(self, n: int, max_new_tokens: int, watch: Watch | None) -> list[list[int]]:
         """New tokens of the first n rows; the rows after them are fed the same."""
         new: list[list[int]] = [[] for _ in range(n)]
-        ends, done = ending_ids(self._full), [False] * n
+        ends, done = self._full.stop_ids, [False] * n
         with self._steering.prompts(self._rows, self._offsets):
             for _ in range(max_new_tokens):
                 logits = self._forward()
@@ -161,10 +161,3 @@ def distinct_specs(specs: Sequence[Sequence[SteerSpec]]) -> tuple[list[SteerSpec
                 flat.append(spec)
         index.append([places[id(spec)] for spec in row])
     return flat, index
-
-
-def ending_ids(full: LanguageModel) -> frozenset[int]:
-    """Tokens that end an answer."""
-    listed = full.model.generation_config.eos_token_id
-    ids = listed if isinstance(listed, list) else [listed]
-    return frozenset(i for i in [*ids, full.tokenizer.eos_token_id] if i is not None)

@@ -237,12 +237,8 @@ class Steering:
         return x if out is None else out.view_as(x)
 
     def _specials(self) -> Special:
-        tokenizer = self.full.tokenizer
-        control = control_ids(tokenizer)
-        eos = self.full.model.generation_config.eos_token_id
-        listed = [] if eos is None else eos if isinstance(eos, list) else [eos]
-        ends = {*listed, tokenizer.eos_token_id} & control
-        return Special(control, frozenset(ends))
+        control = control_ids(self.full.tokenizer)
+        return Special(control, self.full.stop_ids & control)
 
 
 def model_inputs(

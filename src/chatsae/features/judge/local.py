@@ -5,9 +5,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import jinja2
 import torch
 
 from chatsae.batch import Message
@@ -48,7 +46,7 @@ class LocalHF:
         """
         turns = [Message(m["role"], m["content"]) for m in request.messages]
         if self._lm.max_positions is not None:
-            n = self._ids([dict(m) for m in request.messages]).shape[1]
+            n = self._lm.prompt_ids(turns).shape[1]
             if n >= self._lm.max_positions:
                 return Answer("", refusal=f"the prompt is longer than the context of {self.model}")
         with self._one_at_a_time:
@@ -69,7 +67,7 @@ class LocalHF:
         Raises:
             UserError: the chat template refuses the messages.
         """
-        ids = self._ids([dict(m) for m in messages])
+        ids = self._lm.prompt_ids(list(messages))
         if self._lm.max_positions is not None and ids.shape[1] > self._lm.max_positions:
             return None
         with torch.inference_mode(), self._one_at_a_time:
@@ -77,15 +75,6 @@ class LocalHF:
         log_p = logits[0, -1].double().log_softmax(-1).cpu()
         each = torch.stack([log_p[tokens].logsumexp(0) for tokens in self._digits])
         return tuple(each.softmax(0).tolist()), math.exp(float(each.logsumexp(0)))
-
-    def _ids(self, messages: list[dict[str, str]]) -> torch.Tensor:
-        try:
-            made: Any = self._lm.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
-            raise UserError(f"{self._lm.name}: the chat template refuses the judge's prompt: {error}") from None
-        return made["input_ids"]
 
 
 def digit_tokens(lm: LanguageModel) -> list[list[int]]:
