@@ -11,7 +11,7 @@ LAYERS = {
     "config": 0,
     "files": -1,
     "typed": -1,
-    "exporting": 1,
+    "exporting": 2,
     "recipe": 1,
     "statistics": 1,
     "console": 1,

@@ -125,7 +125,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, caps
 def test_an_unfinished_checkpoint_is_never_read(tmp_path):
     run = Run.open(tmp_path, CONFIG)
     run.save_checkpoint(checkpoint(5))
-    half = tmp_path / "checkpoints" / ".step-000000010"
+    half = tmp_path / "checkpoints" / ".step-000000010.0123456789abcdef.tmp"  # of a writer that died
     half.mkdir()
     (half / "state.safetensors").write_bytes(b"half")
     loaded = run.load_checkpoint()

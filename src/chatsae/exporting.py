@@ -1,15 +1,14 @@
 """What every export shares: directories that are written as a whole, and ids that other sides accept."""
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from chatsae.errors import UserError
+from chatsae.files import whole
 
 MARK = "export.json"
 """Says what a directory holds, and that it may be replaced."""
@@ -27,21 +26,10 @@ def directory(path: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """
     if path.exists() and not (path / MARK).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} holds other files than an export (no {MARK}); choose another --out")
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    try:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        write_json(temporary / MARK, dict(facts))
-        if path.exists():
-            os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole(path) as new:
+        new.mkdir()
+        yield new
+        write_json(new / MARK, dict(facts))
 
 
 def listed(target: Path, facts: Mapping[str, Any]) -> dict[str, Any]:

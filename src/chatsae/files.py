@@ -1,16 +1,26 @@
-"""Files that are written as a whole or not at all, their digests, and directories that one process owns."""
+"""Files and directories that are written as a whole or not at all, their digests, and directories one process owns."""
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from chatsae.errors import UserError
 
 _TEXT_BYTES = 256 << 20  # of a text file that is read as a whole
+_SCRATCH = re.compile(r"\.(.+)\.[0-9a-f]{16}\.tmp")
+_LOCK, _OLD, _CHECKSUM = ".lock", ".old", "chatsae_sha256"
 
 
 def read_text(path: Path | str, what: str = "", *, most: int = _TEXT_BYTES) -> str:
@@ -36,25 +46,62 @@ def read_text(path: Path | str, what: str = "", *, most: int = _TEXT_BYTES) -> s
         raise UserError(f"{name} cannot be read: {reason or error}") from None
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file as a whole or not at all.
+@contextmanager
+def whole(path: Path, hint: str = "") -> Iterator[Path]:
+    """A path at which to create a file or a directory; it then takes the place of `path` as a whole, or not at all.
+
+    Directories above it are made. A kill at any moment leaves a whole copy, the old one or the new one; `settle` puts
+    it in place where that was interrupted. Several processes and threads may write the same path: the last one wins.
+    Modes follow the umask.
 
     Raises:
-        UserError: it cannot be written; what was there before still is.
+        UserError: it cannot be written (`hint` says what then); what was there before still is.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _settle_in(path.parent)
+        scratch, lock = _scratch(path)
+        try:
+            new = scratch / path.name
+            yield new
+            _durable(new, stat.S_IMODE(os.fstat(lock).st_mode))
+            _put(new, path, scratch)
+            _sync_directory(path.parent)
+        finally:
+            _end(scratch, path)
+            os.close(lock)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written: {reason}{hint}") from None
+
+
+def settle(directory: Path) -> None:
+    """Finish or remove what killed writers left anywhere below a directory; that of writers that live stays."""
+    for folder, names, _ in os.walk(directory):
+        if any(_SCRATCH.fullmatch(name) for name in names):
+            _settle_in(Path(folder))
+            names[:] = [name for name in names if not _SCRATCH.fullmatch(name)]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file as a whole or not at all; errors are those of `whole`."""
+    with whole(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON as a whole or not at all; errors are those of `write_text`."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    """Write JSON as a whole or not at all; errors are those of `whole`."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON for people."""
+    return json.dumps(value, indent=2) + "\n"
+
+
+def with_checksum(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a JSON file holds so that `read_object` notices every change of a value."""
+    return {**facts, _CHECKSUM: _checksum(facts)}
 
 
 def parse_json(text: str) -> Any:
@@ -86,12 +133,18 @@ def read_json(path: Path, advice: str = "") -> Any:
 def read_object(path: Path, advice: str = "", keys: Mapping[str, type] | None = None) -> dict[str, Any]:
     """The JSON object of a file, in which each of `keys` has a value of its type; see `read_json`.
 
+    Where it was written `with_checksum`, that is compared and left out.
+
     Raises:
-        UserError: see `read_json`; or it is no object, or a key is missing or has a value of another type.
+        UserError: see `read_json`; or it is no object, or a key is missing or has a value of another type, or a value
+            is not what was written.
     """
     value = read_json(path, advice)
     if not isinstance(value, dict):
         raise damaged(path, f"an object was expected, not {_kind(value)}", advice)
+    checksum = value.pop(_CHECKSUM, None)
+    if checksum is not None and checksum != _checksum(value):
+        raise damaged(path, "its content does not match its checksum", advice)
     for key, kind in (keys or {}).items():
         if key not in value:
             raise damaged(path, f"{key!r} is missing", advice)
@@ -133,12 +186,6 @@ def check_memory(n_bytes: int, what: str) -> None:
         raise UserError(f"{what} would take {n_bytes / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f} GiB")
 
 
-def sync(path: Path) -> None:
-    """Wait until a file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def sha256(path: Path) -> str:
     """The digest of a file's bytes."""
     with path.open("rb") as file:
@@ -146,7 +193,7 @@ def sha256(path: Path) -> str:
 
 
 class Lock:
-    """Keeps a directory to one process, as long as that lives or until `close`.
+    """Keeps a directory to one process, as long as that lives or until `close`, and settles what others left in it.
 
     Raises:
         UserError: another process has it, or it cannot be written.
@@ -154,7 +201,7 @@ class Lock:
 
     def __init__(self, directory: Path, what: str) -> None:
         try:
-            self._file = (directory / ".lock").open("w")
+            self._file = (directory / _LOCK).open("w")
         except OSError as error:
             raise UserError(f"{what} {directory} cannot be written: {error.strerror or error}") from None
         try:
@@ -162,7 +209,105 @@ class Lock:
         except OSError:
             self._file.close()
             raise UserError(f"{what} {directory} is in use by another process") from None
+        settle(directory)
 
     def close(self) -> None:
         """Let another process have the directory."""
         self._file.close()
+
+
+def _checksum(facts: Mapping[str, Any]) -> str:
+    read = json.loads(json.dumps(dict(facts)))  # keys as a reader finds them
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
+
+
+def _scratch(path: Path) -> tuple[Path, int]:
+    """A directory of this writer's own beside `path`, and its lock, which the kernel lets go of when the writer dies.
+
+    The writer's files are named by others inside it (safetensors makes a temporary file of its own), so the lock is a
+    file beside them.
+    """
+    while True:
+        scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        scratch.mkdir()
+        with suppress(FileNotFoundError):  # whoever settles may take it for a dead writer's until it is locked
+            if (lock := _locked(scratch)) is not None:
+                return scratch, lock
+
+
+def _locked(scratch: Path) -> int | None:
+    """The lock of a scratch directory, or None where another has it or had it and removed the directory."""
+    lock = os.open(scratch / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(lock), (scratch / _LOCK).stat()):
+            return lock
+    except OSError:
+        pass
+    os.close(lock)
+    return None
+
+
+def _settle_in(directory: Path) -> None:
+    """`settle` for what lies in the directory itself."""
+    try:
+        found = [(entry.name, match) for entry in os.scandir(directory) if (match := _SCRATCH.fullmatch(entry.name))]
+    except OSError:
+        return  # it is not there, and whoever needs it says so
+    for name, match in found:
+        scratch, path = directory / name, directory / match[1]
+        with suppress(OSError):  # another settles it too, or it may only be read
+            if (lock := _locked(scratch)) is not None:
+                _end(scratch, path)
+                os.close(lock)
+
+
+def _end(scratch: Path, path: Path) -> None:
+    """Remove a scratch directory; where it was about to replace a directory, that is finished first."""
+    old, new = sorted(scratch.glob(f"{_OLD}*")), scratch / path.name
+    if old and new.exists() and not path.exists():
+        try:
+            os.rename(new, path)
+        except OSError:
+            os.rename(old[-1], path)
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put(new: Path, path: Path, scratch: Path) -> None:
+    """Rename a file or directory; no system call replaces a directory, so the old one is moved into `scratch` first."""
+    if not new.is_dir():
+        os.replace(new, path)
+        return
+    for n in range(1000):
+        with suppress(FileNotFoundError):
+            os.rename(path, scratch / (f"{_OLD}{n}" if n else _OLD))
+        try:
+            os.rename(new, path)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        else:
+            return  # else another writer of the same directory was first
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+
+def _durable(new: Path, mode: int) -> None:
+    """Give files the mode they would have had from `open` (safetensors makes them 0600), and wait for the disk."""
+    for path in sorted(new.rglob("*")) if new.is_dir() else [new]:
+        if path.is_file():
+            path.chmod(mode)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        elif path.is_dir():
+            _sync_directory(path)
+    if new.is_dir():
+        _sync_directory(new)
+
+
+def _sync_directory(directory: Path) -> None:
+    with suppress(OSError):  # not every file system does it
+        opened = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

@@ -17,7 +17,18 @@ from torch import Tensor
 from chatsae import console
 from chatsae.config import RunConfig, sae_specs
 from chatsae.errors import UserError
-from chatsae.files import Lock, parse_json, read_object, sha256, sync, write_json, write_text
+from chatsae.files import (
+    Lock,
+    json_text,
+    parse_json,
+    read_object,
+    settle,
+    sha256,
+    whole,
+    with_checksum,
+    write_json,
+    write_text,
+)
 from chatsae.recipe import differences, load_recipe, to_yaml
 
 _KEPT = 2  # checkpoints; the older one is there for the day the newer one is damaged
@@ -73,6 +84,7 @@ class Run:
             UserError: the directory is missing or holds no run.
         """
         path = Path(path)
+        settle(path)
         if not (path / "config.yaml").is_file():
             what = "holds no run (no config.yaml)" if path.is_dir() else "does not exist"
             raise UserError(f"run directory {path} {what}")
@@ -80,7 +92,7 @@ class Run:
 
     def _started(self) -> bool:
         """Whether there is anything that another recipe would overwrite."""
-        kept = [*(self.path / "checkpoints").glob("step-*"), *(self.path / "saes").iterdir()]
+        kept = [*self._checkpoints(), *(self.path / "saes").iterdir()]
         return (self.path / "config.yaml").exists() and bool(kept or self.metrics())
 
     def close(self) -> None:
@@ -136,30 +148,19 @@ class Run:
         Raises:
             UserError: it cannot be written (a full disk, say); the previous ones are still there.
         """
-        folder = self.path / "checkpoints"
-        final = folder / f"step-{checkpoint.step:09d}"
-        temporary = folder / f".{final.name}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            file = temporary / "state.safetensors"
+        final = self.path / "checkpoints" / f"step-{checkpoint.step:09d}"
+        with whole(final, "; the run goes on from the checkpoint before") as new:
+            new.mkdir()
+            file = new / "state.safetensors"
             save_file({k: v.contiguous() for k, v in checkpoint.tensors.items()}, file)
             facts = {"step": checkpoint.step, "sha256": sha256(file), "facts": checkpoint.facts}
-            write_json(temporary / "state.json", facts)
-            sync(file)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(temporary, final)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(
-                f"checkpoint {final} cannot be written: {error}; the run goes on from the one before"
-            ) from None
-        for old in sorted(folder.glob("step-*"))[:-_KEPT]:
+            (new / "state.json").write_text(json_text(with_checksum(facts)), encoding="utf-8")
+        for old in self._checkpoints()[:-_KEPT]:
             shutil.rmtree(old)
 
     def load_checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint that is whole, or None; damaged ones are named and passed over."""
-        for path in sorted((self.path / "checkpoints").glob("step-*"), reverse=True):
+        for path in reversed(self._checkpoints()):
             try:
                 facts = read_object(path / "state.json", keys={"step": int, "sha256": str, "facts": dict})
                 if sha256(path / "state.safetensors") != facts["sha256"]:
@@ -171,9 +172,13 @@ class Run:
         return None
 
     def clear_checkpoints(self) -> None:
-        """Free the disk once the run is finished."""
-        for path in (self.path / "checkpoints").iterdir():
+        """Free the disk once the run is finished; files of others stay."""
+        for path in self._checkpoints():
             shutil.rmtree(path)
+
+    def _checkpoints(self) -> list[Path]:
+        """The directories of checkpoints, the oldest first."""
+        return sorted(path for path in (self.path / "checkpoints").glob("step-*") if path.is_dir())
 
 
 def environment() -> dict[str, Any]:

@@ -65,6 +65,7 @@ class Ahead(Iterator[ActivationBatch]):
         self._source, self._device = source, device or torch.device("cpu")
         self._counts = Counter[str]() if counts is None else counts
         self._tally = Counter[str]() if tally is None else tally
+        self._tally.update(self._counts)
         self._batches = source.state_dict()["batches"]
         self._made: queue.Queue[_Made] = queue.Queue(maxsize=depth)
         self._end: BaseException | None = None
@@ -116,7 +117,7 @@ class Ahead(Iterator[ActivationBatch]):
 
 def _work(source: Source, counts: Counter[str], stream: Any, made: queue.Queue[_Made], stop: threading.Event) -> None:
     """The thread; it knows nothing of its `Ahead`, so that this can be collected."""
-    before = Counter[str]()
+    before = Counter(counts)
     while not stop.is_set():
         ready = None
         found: ActivationBatch | BaseException

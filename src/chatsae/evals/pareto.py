@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from chatsae.config import Architecture, Method
 from chatsae.errors import UserError
 from chatsae.evals.curves import Curve
+from chatsae.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,11 +94,8 @@ def pareto_figure(curves: Sequence[Curve], path: Path, *, title: str = "") -> li
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         for file in paths:
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(file, dpi=200, metadata=METADATA[file.suffix.lower()])
-            except OSError as error:
-                raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
+            with whole(file) as new:
+                figure.savefig(new, dpi=200, metadata=METADATA[file.suffix.lower()])
     return paths
 
 

@@ -16,7 +16,7 @@ from chatsae.evals.figures import COLUMNS as SUMS
 from chatsae.evals.figures import Table, ratios
 from chatsae.evals.paper import SOURCE, differences_from_paper, paper_model, paper_row
 from chatsae.evals.schema import VERSION
-from chatsae.files import read_object, write_json
+from chatsae.files import read_object, whole, write_json
 from chatsae.runs import Run
 from chatsae.statistics import Paired, paired
 
@@ -74,13 +74,8 @@ class DialogueSums:
         }
         for column in SUMS:
             columns[column] = np.concatenate([table[column] for table in self.tables.values()])
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            pq.write_table(pa.table(columns), temporary, compression="zstd")
-            temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path} cannot be written: {error.strerror or error}") from None
+        with whole(path) as new:
+            pq.write_table(pa.table(columns), new, compression="zstd")
 
     @classmethod
     def load(cls, path: Path) -> "DialogueSums":
@@ -136,10 +131,9 @@ class Report:
     def save(self, path: Path | str) -> None:
         """Write report.json (docs/report-schema.json), and beside it report.parquet with the sums by dialogue."""
         path = Path(path)
+        path.with_suffix(".parquet").unlink(missing_ok=True)  # never beside the figures of another evaluation
         write_json(path, self.facts_json())
-        if self.dialogues is None:
-            path.with_suffix(".parquet").unlink(missing_ok=True)  # of another evaluation
-        else:
+        if self.dialogues is not None:
             self.dialogues.save(path.with_suffix(".parquet"))
 
     @classmethod

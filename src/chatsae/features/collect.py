@@ -1,7 +1,6 @@
 """One pass of a language model over a split, for every feature of every SAE; resumes to the same bits."""
 
 import hashlib
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,7 +21,7 @@ from chatsae.errors import UserError
 from chatsae.features.firings import digest, firings
 from chatsae.features.keeper import Keeper, Split
 from chatsae.features.records import Options
-from chatsae.files import read_object, sha256, sync, write_json
+from chatsae.files import read_object, sha256, whole, with_checksum, write_json
 from chatsae.lm.budget import choose_budget
 from chatsae.lm.forward import check_tokens
 from chatsae.lm.harvest import Harvest
@@ -189,17 +188,15 @@ def save_state(
     name = f"state-{done}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{name}"
         arrays = {f"{sae}/{key}": array for sae, keeper in keepers.items() for key, array in keeper.state().items()}
-        save_file(arrays, temporary)
-        sync(temporary)
-        os.replace(temporary, folder / name)
+        with whole(folder / name) as new:
+            save_file(arrays, new)
         facts = {"what": what, "file": name, "sha256": sha256(folder / name), "done": done, "reading": asdict(reading)}
-        write_json(folder / "state.json", facts)
-        for old in folder.glob("*state-*.safetensors"):
+        write_json(folder / "state.json", with_checksum(facts))
+        for old in folder.glob("state-*.safetensors"):
             if old.name != name:
                 old.unlink()
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(f"{folder} cannot be written: {error}") from None
 
 
@@ -222,3 +219,11 @@ def load_state(folder: Path, what: Mapping[str, Any], keepers: Mapping[str, Keep
     except (UserError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         console.warn(f"{path} is damaged ({error}); the pass starts anew")
         return None
+
+
+def pass_names(folder: Path) -> list[str]:
+    """The SAEs, and random directions beside them, of the pass whose state is in a folder; none if it is damaged."""
+    try:
+        return list(read_object(folder / "state.json")["what"]["sae_sha256"])
+    except (UserError, KeyError, TypeError):
+        return []

@@ -191,7 +191,6 @@ def _judge(
     }
     found |= {} if more is None else more(work, times[0])
     path = asked.run.run.path / "judge" / work.sae / f"{judge.name}-{n_contexts}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
     return found
 

@@ -26,6 +26,9 @@ from chatsae.sae.base import SAE, normalize_rows_
 DIRECTIONS = 64
 """Random directions beside each SAE."""
 
+RANDOM = "~random"
+"""Behind the name of an SAE: the random directions beside it."""
+
 FIT_TOKENS = (16_384, 65_536)
 """Fewest and most tokens on which thresholds are fitted; between them a quarter of all."""
 
@@ -136,7 +139,7 @@ def _units(n: int, d_in: int, seed: int) -> Float[Tensor, "n D"]:
 
 @torch.no_grad()
 def _as_sae(sae: SAE, units: Float[Tensor, "n D"], thresholds: list[float]) -> SAE:
-    spec = replace(sae.spec, name=f"{sae.spec.name}~random", architecture="standard", form="v6", d_sae=len(units))
+    spec = replace(sae.spec, name=f"{sae.spec.name}{RANDOM}", architecture="standard", form="v6", d_sae=len(units))
     spec = replace(spec, coefficient=0.0, apply_b_dec_to_input=False)
     made = SAE.create(spec, device=sae.W_enc.device)
     made.W_enc.copy_(units.T)

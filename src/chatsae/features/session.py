@@ -15,9 +15,9 @@ from chatsae.config import RunConfig
 from chatsae.data.store.splits import split_tokens
 from chatsae.errors import UserError
 from chatsae.features.build import build, check_index, show
-from chatsae.features.collect import Reading, gather, tokens_digest
+from chatsae.features.collect import Reading, gather, pass_names, tokens_digest
 from chatsae.features.firings import digest
-from chatsae.features.random_directions import DIRECTIONS, random_directions, saved_directions
+from chatsae.features.random_directions import DIRECTIONS, RANDOM, random_directions, saved_directions
 from chatsae.features.records import Options
 from chatsae.features.store import FeatureStore
 from chatsae.files import Lock
@@ -122,6 +122,9 @@ class RunFeatures:
         if missing or other:
             with self._locked():
                 found |= self._make(ask, missing, {name: found[name] for name in other})
+        elif (self.folder / ".pass").exists():
+            with self._locked():
+                self._forget_finished_pass()
         return {name: found[name] for name in self.saes}
 
     def random_stores(self, stores: Mapping[str, FeatureStore], n: int = DIRECTIONS) -> dict[str, FeatureStore]:
@@ -186,13 +189,25 @@ class RunFeatures:
             tally=tally,
         )
         random = {name: made.pop(sae.spec.name) for name, sae in beside.items()}
-        for name, store in made.items():
-            store.save(self.folder / name)
         for name, store in random.items():
             store.save(self._random(name) / "store")
+        for name, store in made.items():  # last, so that where an SAE's store is, those of its directions are too
+            store.save(self.folder / name)
         shutil.rmtree(state, ignore_errors=True)
         _tell(tally)
         return made, random
+
+    def _forget_finished_pass(self) -> None:
+        """Remove the state of a pass all of whose stores were written before a kill, or that nothing can go on from."""
+        state = self.folder / ".pass"
+        if (state / "state.json").is_file():
+            since = (state / "state.json").stat().st_mtime_ns
+            for name in pass_names(state):
+                sae = name.removesuffix(RANDOM)
+                store = self.folder / sae if name == sae else self._random(sae) / "store"
+                if not store.is_dir() or (store / "facts.json").stat().st_mtime_ns < since:
+                    return
+        shutil.rmtree(state, ignore_errors=True)
 
     def _directions(self, names: Sequence[str], tokens: TokenBatch, n: int) -> dict[str, SAE]:
         """Random directions beside SAEs: those that were saved, with which a pass goes on, or new ones."""

@@ -1,7 +1,5 @@
 """What is known about the features of an SAE, on disk: facts.json, two tables and the arrays of the pass."""
 
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from chatsae.errors import UserError
 from chatsae.features.keeper import PARTS
 from chatsae.features.records import Context, Feature
-from chatsae.files import damaged, read_object, write_json
+from chatsae.files import damaged, json_text, read_object, settle, whole
 
 SCHEMA_VERSION = 1
 
@@ -137,22 +135,12 @@ class FeatureStore:
             UserError: it cannot be written.
         """
         path = Path(path)
-        temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-        try:
-            for leftover in (temporary, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            pq.write_table(self.table, temporary / "features.parquet", compression="zstd")
-            pq.write_table(self.context_table, temporary / "contexts.parquet", compression="zstd", row_group_size=4096)
-            save_file(dict(self.kept), temporary / "pass.safetensors")
-            write_json(temporary / "facts.json", self.facts)
-            if path.exists():
-                os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
-        except (OSError, pa.ArrowException, SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"{path} cannot be written: {error}") from None
+        with whole(path) as new:
+            new.mkdir()
+            pq.write_table(self.table, new / "features.parquet", compression="zstd")
+            pq.write_table(self.context_table, new / "contexts.parquet", compression="zstd", row_group_size=4096)
+            save_file(dict(self.kept), new / "pass.safetensors")
+            (new / "facts.json").write_text(json_text(self.facts), encoding="utf-8")
 
     @staticmethod
     def load(path: Path | str) -> "FeatureStore":
@@ -162,6 +150,7 @@ class FeatureStore:
             UserError: there is none, it is damaged, or another version of chatsae wrote it.
         """
         path = Path(path)
+        settle(path.parent)
         if not (path / "facts.json").is_file():
             raise UserError(f"{path} holds no features (no facts.json); `chatsae features RUN` makes them")
         advice = "`chatsae features RUN --rebuild` makes it anew"

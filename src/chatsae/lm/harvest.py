@@ -4,7 +4,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Literal, TypeVar
 
@@ -32,6 +32,9 @@ __all__ = [
 
 T = TypeVar("T")
 
+_HOPELESS = 1000
+"""Sequences without a finite one among them after which a harvest that skips such sequences ends."""
+
 
 class Harvest(Iterator[ActivationBatch]):
     """The activations of a stream of sequences, `token_budget` tokens per forward, padding counted.
@@ -43,8 +46,9 @@ class Harvest(Iterator[ActivationBatch]):
     Equal data, way, prefix, budget, pool and seed give equal batches.
 
     A forward that is skipped (`skip`, a count that `state_dict` gave) is planned but not computed; what follows is the
-    same to the bit, if all of these are those of the first harvest. A sequence with NaN or infinite activations stops
-    the harvest, or with `on_nan` "skip" is left out, counted in `tally` and listed in `broken`. With `read_ahead` the
+    same to the bit, if all of these are those of the first harvest. `counted` is what `tally` held by then; without it
+    the skipped part is counted again. A sequence with NaN or infinite activations stops the harvest, or with `on_nan`
+    "skip" is left out, counted in `tally` and listed in `broken`, unless no sequence is finite. With `read_ahead` the
     next pool is read in a thread while the model works on this one; by default where the model is on another device.
 
     Attributes: way, prefix, token_budget (those in use), seconds (spent in the model), broken.
@@ -64,6 +68,7 @@ class Harvest(Iterator[ActivationBatch]):
         pool: int = 4096,
         seed: int = 0,
         skip: int = 0,
+        counted: Mapping[str, int] | None = None,
         prefix: bool | None = None,
         on_nan: Literal["stop", "skip"] = "stop",
         read_ahead: bool | None = None,
@@ -90,13 +95,23 @@ class Harvest(Iterator[ActivationBatch]):
         self._skip_nan = on_nan == "skip"
         self._tally: Counter[str] = Counter() if tally is None else tally
         self._ceiling = Ceiling()
-        self._batches = skip
+        self._batches = self._skip = skip
+        self._finite_seen = skip > 0
+        self._counted = counted
+        self._tally.update(counted or {})
         if read_ahead is None:
             read_ahead = lm.device.type != "cpu"
-        self._stream = islice(self._planned(tokens, pool, seed, read_ahead), skip, None)
+        self._stream = self._planned(tokens, pool, seed, read_ahead)
 
     def __next__(self) -> ActivationBatch:
-        tokens = next(self._stream)
+        if self._skip:
+            self._pass_over()
+        try:
+            tokens = next(self._stream)
+        except StopIteration:
+            if self.broken and not self._finite_seen:
+                raise self._none_finite() from None
+            raise
         start = time.perf_counter()
         try:
             acts = unchecked(self._lm, tokens, self.way, ceiling=self._ceiling, prefix=self._prefix)
@@ -110,6 +125,14 @@ class Harvest(Iterator[ActivationBatch]):
     def state_dict(self) -> dict[str, int]:
         """Batches served so far, those skipped included, and the budget they were planned with."""
         return {"batches": self._batches, "token_budget": self.token_budget}
+
+    def _pass_over(self) -> None:
+        for _ in islice(self._stream, self._skip):
+            pass
+        self._skip = 0
+        if self._counted is not None:
+            self._tally.clear()
+            self._tally.update(self._counted)
 
     def _planned(self, tokens: Iterable[TokenBatch], pool: int, seed: int, read_ahead: bool) -> Iterator[TokenBatch]:
         generator = torch.Generator().manual_seed(seed)
@@ -133,15 +156,25 @@ class Harvest(Iterator[ActivationBatch]):
         """
         found = broken_sequences(self._lm.layers, batch.acts, batch.tokens)
         if not found:
+            self._finite_seen = True
             return batch
         if not self._skip_nan:
             raise UserError(f"{found[0]}; try model.dtype float32, or harvest.on_nan skip")
         self.broken += found
+        self._finite_seen = self._finite_seen or len(found) < len(batch.tokens)
+        if not self._finite_seen and len(self.broken) >= _HOPELESS:
+            raise self._none_finite()
         self._tally["NaN or infinite activations"] += len(found)
         lost = torch.tensor([b.index for b in found])
         kept = ~torch.isin(batch.tokens.sequence, lost)
         good = sorted(set(range(len(batch.tokens))) - set(lost.tolist()))
         return ActivationBatch(batch.acts[:, kept.to(batch.acts.device)], batch.tokens.select(good))
+
+    def _none_finite(self) -> UserError:
+        return UserError(
+            f"{self._lm.name}: none of the first {len(self.broken):,} sequences has finite activations "
+            f"({self.broken[0]}); try model.dtype float32"
+        )
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:

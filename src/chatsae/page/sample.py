@@ -109,7 +109,6 @@ def _measure(run: RunFeatures, names: list[str], dialogues: int) -> Mapping[str,
                 own.add(batch.acts[layers[run.saes[name].spec.layer]], batch.tokens)
             advance(len(batch.tokens.input_ids))
     found = {}
-    (run.run.path / "page").mkdir(exist_ok=True)
     for name, own in sums.items():
         bound = {"schema_version": SCHEMA_VERSION, "sae_sha256": digest(run.saes[name]), "n_dialogues": len(tokens)}
         found[name] = bound | own.facts()

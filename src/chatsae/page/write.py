@@ -10,7 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from chatsae.errors import UserError
 from chatsae.files import write_text
 from chatsae.page.data import Wanted, find_runs, page_data
 
@@ -30,10 +29,6 @@ def report(paths: Sequence[Path], out: Path, wanted: Wanted | None = None) -> di
     """
     data = page_data(find_runs(paths), wanted)
     html = page(data)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
     write_text(out, html)
     explored = [sae for sae in data["saes"] if sae["features"] is not None]
     return {

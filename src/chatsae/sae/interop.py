@@ -5,8 +5,7 @@ nested keys of sae_lens 6 beside the flat ones of sae_lens 3 to 5; what only cha
 """
 
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata as distribution
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from chatsae.config import SAESpec
 from chatsae.errors import UserError
-from chatsae.files import read_object
+from chatsae.files import read_object, whole, write_text
 from chatsae.sae.cfg import Cfg, spec_of
 
 CFG = "cfg.json"
@@ -53,15 +52,13 @@ def write(
     except (TypeError, ValueError) as error:
         raise UserError(f"the metadata of {spec.name} cannot be written as JSON: {error}") from None
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / WEIGHTS, lambda path: save_file(weights, path))
-        if sparsity is not None:
-            log_sparsity = (sparsity.detach().cpu().float() + _SPARSITY_EPS).log10()
-            _replace(directory / SPARSITY, lambda path: save_file({"sparsity": log_sparsity}, path))
-        _replace(directory / CFG, lambda path: path.write_text(text, encoding="utf-8"))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{directory} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+    with whole(directory / WEIGHTS) as new:
+        save_file(weights, new)
+    if sparsity is not None:
+        log_sparsity = (sparsity.detach().cpu().float() + _SPARSITY_EPS).log10()
+        with whole(directory / SPARSITY) as new:
+            save_file({"sparsity": log_sparsity}, new)
+    write_text(directory / CFG, text)
 
 
 def read(directory: str | Path) -> tuple[SAESpec, dict[str, Tensor], dict[str, Any]]:
@@ -232,17 +229,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is not a whole safetensors file (truncated or corrupt): {error}") from None
-
-
-def _replace(path: Path, save: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save(temporary)
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _listed(names: Mapping[str, object]) -> str:

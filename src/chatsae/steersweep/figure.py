@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chatsae.errors import UserError
 from chatsae.evals.pareto import METADATA, SETTINGS, figure_paths, need_matplotlib
+from chatsae.files import whole
 from chatsae.steering.sweep import ARMS
 
 if TYPE_CHECKING:
@@ -62,11 +62,8 @@ def sweep_figure(sweeps: Sequence[Facts], path: Path, *, titles: Sequence[str] =
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         for file in paths:
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                figure.savefig(file, dpi=110, metadata=METADATA[file.suffix.lower()])
-            except OSError as error:
-                raise UserError(f"{file} cannot be written: {error.strerror or error}") from None
+            with whole(file) as new:
+                figure.savefig(new, dpi=110, metadata=METADATA[file.suffix.lower()])
     return paths
 
 

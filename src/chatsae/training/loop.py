@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -128,10 +129,12 @@ def train_states(
     layers: Sequence[int] | None = None,
     run: Run | None = None,
     checkpoint: Checkpoint | None = None,
+    tally: Counter[str] | None = None,
 ) -> Summary:
     """`train` with a run directory for metrics and checkpoints.
 
     A `checkpoint` is gone on from, to the same bits; `acts` must stand where it was made (`activations(skip=...)`).
+    `tally`, which counts what the data drop, is kept in checkpoints.
 
     Raises:
         UserError: see `train`.
@@ -163,7 +166,7 @@ def train_states(
             if step < total and stop.is_set():
                 ending = "interrupted"
             if run is not None and step < total and (stop.is_set() or step % config.checkpoint_every == 0):
-                run.save_checkpoint(snapshot(step, states, acts))
+                run.save_checkpoint(snapshot(step, states, acts, tally))
     for state in states.values():
         state.sae.before_step_()
         state.sae.fresh = False

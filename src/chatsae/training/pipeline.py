@@ -43,15 +43,18 @@ def token_batches(
     `data_facts`, whose hub revisions are read. What is dropped is counted in `tally`.
 
     Raises:
-        UserError: a source cannot be read, or gives no sequence.
+        UserError: a source cannot be read, or a whole pass gives no sequence.
     """
+    counts = Counter[str]() if tally is None else tally
     for epoch in range(data.epochs) if data.epochs else count():
-        if data.prepared:
-            prepared = Prepared(data.prepared, tokenizer)
-            sizes = {"max_length": data.max_length, "block_size": data.block_size}
-            yield from prepared.batches(method=data.method, tally=tally, **sizes)
-        else:
-            yield from _one_pass(data, tokenizer, seed + epoch, _revisions(facts), tally)
+        empty = True
+        for batch in _one_pass(data, tokenizer, seed + epoch, _revisions(facts), counts):
+            empty = empty and not len(batch)
+            yield batch
+        if empty:
+            names = data.text_sources if data.method == "bt-p" else data.sources
+            why = "".join(f"; {n:,} × {reason}" for reason, n in counts.most_common())
+            raise UserError(f"{data.prepared or ', '.join(names)}: no sequence to train on with {data.method}{why}")
 
 
 def _one_pass(
@@ -59,8 +62,11 @@ def _one_pass(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     revisions: dict[str, str],
-    tally: Counter[str] | None,
+    tally: Counter[str],
 ) -> Iterator[TokenBatch]:
+    if data.prepared:
+        sizes = {"max_length": data.max_length, "block_size": data.block_size}
+        return Prepared(data.prepared, tokenizer).batches(method=data.method, tally=tally, **sizes)
     if data.method == "bt-p":
         stream = read_text(*data.text_sources, seed=seed, order=data.order, revisions=revisions, tally=tally)
     else:
@@ -119,11 +125,14 @@ def activations(
     lm: LanguageModel,
     *,
     skip: int = 0,
+    counted: dict[str, int] | None = None,
     facts: dict[str, Any] | None = None,
     how: dict[str, Any] | None = None,
     tally: Counter[str] | None = None,
 ) -> Mixer:
     """The mixed activations of a run; `skip` forwards of an interrupted run are passed over without computing them.
+
+    `counted` is what the interrupted run had dropped by then; where it is not known, the data are counted again.
 
     `facts` are those of `data_facts`, `how` those of `harvest_facts`, found anew by default. Close it in the end, or
     let it go: it may hold a thread.
@@ -148,6 +157,7 @@ def activations(
         pool=config.harvest.pool,
         seed=config.train.seed,
         skip=skip,
+        counted=counted,
         on_nan=config.harvest.on_nan,
         tally=counts,
     )

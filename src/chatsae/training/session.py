@@ -6,16 +6,16 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from chatsae import console
-from chatsae.config import RunConfig, SAESpec, check_run, sae_specs
+from chatsae.config import RunConfig, SAESpec, Way, check_run, sae_specs
 from chatsae.data.store.manifest import changes, manifest_digest
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
-from chatsae.files import read_object, write_json
+from chatsae.files import read_object, with_checksum, write_json
 from chatsae.lm.forward import check_block
 from chatsae.lm.load import LanguageModel, load_model
 from chatsae.run_model import remember_model
@@ -38,6 +38,7 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         run = stack.enter_context(closing(Run.open(out, config)))
         finished = _finished(run)
         if finished is not None:
+            run.clear_checkpoints()
             console.say(f"{out} is already trained; its SAEs are in {out / 'saes'}")
             return finished
         checkpoint = run.load_checkpoint()
@@ -51,12 +52,13 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         facts = _remembered(
             run, "data.json", resumes, lambda before: data_facts(config.data, lm.tokenizer, seed=seed, before=before)
         )
-        how = _remembered(run, "harvest.json", resumes, lambda before: before or harvest_facts(config.harvest, lm))
+        how = _remembered(run, "harvest.json", resumes, lambda before: _as_begun(before, config, lm))
         run.forget_after(0 if checkpoint is None else checkpoint.step)
         if checkpoint is not None:
             console.say(f"resuming at step {checkpoint.step:,}, past the data that was trained on")
         done = 0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"]
-        acts = activations(config, lm, skip=done, facts=facts, how=how, tally=tally)
+        counted = None if checkpoint is None else checkpoint.facts.get("dropped")
+        acts = activations(config, lm, skip=done, counted=counted, facts=facts, how=how, tally=tally)
         stack.callback(acts.close)
         saes = build_grid(specs, seed=config.train.seed)
         for sae in saes.values():
@@ -70,7 +72,8 @@ def train_run(config: RunConfig, out: Path) -> Summary:
             console.say(f"the model reads ahead while the SAEs train; threads for each: {torch.get_num_threads()}")
         predicted, start = predict_run(config, specs, **reading, done=step, overlap=overlap), time.perf_counter()
         states = make_states(saes, config.train)
-        summary = train_states(states, acts, config.train, layers=lm.layers, run=run, checkpoint=checkpoint)
+        place = {"layers": lm.layers, "run": run, "checkpoint": checkpoint}
+        summary = train_states(states, acts, config.train, **place, tally=tally)
         console.say(_sentence(summary, tally))
         if summary.ending == "data ended":
             console.warn(
@@ -108,8 +111,25 @@ def _remembered(
     changed = changes(before, facts) if before is not None else []
     if changed:
         raise UserError(f"{path.stem} of {run.path} is not what it began with: {'; '.join(changed)}")
-    write_json(path, facts)
+    write_json(path, with_checksum(facts))
     return facts
+
+
+def _as_begun(before: dict[str, Any] | None, config: RunConfig, lm: LanguageModel) -> dict[str, Any]:
+    """How the model is read: as when the run began, where that is known.
+
+    Raises:
+        UserError: what is known is nothing that `harvest_facts` gives; or see there.
+    """
+    if before is None:
+        return harvest_facts(config.harvest, lm)
+    way, budget, prefix = (before.get(key) for key in ("way", "token_budget", "prefix"))
+    if way not in get_args(Way) or not isinstance(prefix, bool) or not isinstance(budget, int) or budget < 1:
+        raise UserError(
+            f"harvest.json is damaged: way must be one of {', '.join(get_args(Way))}, token_budget at least 1 and "
+            f"prefix true or false, not {way!r}, {budget!r} and {prefix!r}; delete the run directory to begin again"
+        )
+    return before
 
 
 def _how(how: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """Everything a resume needs, as one checkpoint: weights, optimizer, counts, buffer, data cursor."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -13,9 +14,13 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def snapshot(step: int, states: Mapping[str, Stateful], acts: Stateful) -> Checkpoint:
-    """The whole state of a training after `step` steps."""
+def snapshot(
+    step: int, states: Mapping[str, Stateful], acts: Stateful, tally: Counter[str] | None = None
+) -> Checkpoint:
+    """The whole state of a training after `step` steps; `tally` is what its data dropped up to there."""
     flat: dict[str, Any] = {f"buffer/{k}": v for k, v in acts.state_dict().items()}
+    if tally is not None:
+        flat["dropped"] = dict(tally)
     for name, state in states.items():
         flat |= {f"sae/{name}/{k}": v for k, v in state.state_dict().items()}
     return Checkpoint(

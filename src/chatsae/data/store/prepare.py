@@ -26,7 +26,7 @@ from chatsae.data.store.shards import Shard, check_file
 from chatsae.data.store.writing import Writing, resume_of, scratch_files, write_hashes
 from chatsae.data.template import special_text
 from chatsae.errors import UserError
-from chatsae.files import Lock, read_json, read_object, write_json, write_text
+from chatsae.files import Lock, read_json, read_object, with_checksum, write_json, write_text
 
 Engine = Literal["local", "spark"]
 
@@ -155,7 +155,8 @@ class _Preparation:
             console.progress(f"prepare {kind}", total) as advance,
         ):
             done, saved = 0, time.monotonic()
-            for chunk, results in chunks:
+            while not writing.enough and (found := next(chunks, None)) is not None:
+                chunk, results = found
                 writing.add(chunk, results)
                 before, done = done, chunk.n_rows if stop is None else min(writing.counted, stop["tokens"])
                 advance(done - before, writing.note())
@@ -164,8 +165,6 @@ class _Preparation:
                     saved = time.monotonic()
                 if interrupt.is_set():
                     raise KeyboardInterrupt
-                if writing.enough:
-                    break
         self._save(kind, writing.close())
 
     def finish(self) -> Manifest:
@@ -185,10 +184,10 @@ class _Preparation:
     def _save(self, kind: Kind, state: dict[str, Any]) -> None:
         """Make a state the one to go on from, then free what only earlier ones needed."""
         self._sides[kind] = state
-        write_json(self._scratch / _STATE, {"recipe": self._recipe, "sides": self._sides})
+        write_json(self._scratch / _STATE, with_checksum({"recipe": self._recipe, "sides": self._sides}))
         needed = {_STATE, _SHARED, _SHARED_OF}.union(*map(scratch_files, self._sides.values()))
         for path in self._scratch.iterdir():
-            if path.name not in needed:
+            if path.name not in needed and path.is_file():
                 path.unlink()
 
     def _shared(

@@ -1,6 +1,5 @@
 """Tokenised sequences in Parquet shards: a kill loses nothing that was promised, and only whole files are read."""
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 from chatsae.data.blocks import Tokens, in_prefix
 from chatsae.data.labels import Labels
 from chatsae.errors import UserError
-from chatsae.files import sha256, sync
+from chatsae.files import sha256, whole
 
 SCHEMA = pa.schema(
     [
@@ -188,21 +187,13 @@ def write_parquet(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatc
     Raises:
         UserError: it cannot be written (a full disk, say).
     """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with pq.ParquetWriter(
-            temporary, schema, compression="zstd", compression_level=1, use_dictionary=["source"]
-        ) as writer:
-            for batch in batches:
-                writer.write_batch(batch, row_group_size=batch.num_rows)
-        sync(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; make room, then the same command goes on where it "
-            f"stopped"
-        ) from None
+    hint = "; make room, then the same command goes on where it stopped"
+    with (
+        whole(path, hint) as new,
+        pq.ParquetWriter(new, schema, compression="zstd", compression_level=1, use_dictionary=["source"]) as writer,
+    ):
+        for batch in batches:
+            writer.write_batch(batch, row_group_size=batch.num_rows)
 
 
 def _record_batch(rows: Sequence[tuple[str, Tokens]], prefix: Sequence[int]) -> pa.RecordBatch:

@@ -33,10 +33,15 @@ def warnings(manifest: Manifest) -> list[str]:
                 f"many of them, a system prompt say, have this effect: see data.ngram_roles and data.ngram"
             )
     if "eval" in splits:
+        stop, why = recipe["stops"], "the sources have no more"
+        if stop is not None and splits["train"]["tokens"] >= stop["tokens"]:
+            why = (
+                "reading ended with the training tokens that data.max_tokens asks for; raise it, or set it to 0 to "
+                "read the sources whole, or lower data.held_out"
+            )
         for name, wanted in zip(("eval", "interpret", "steer"), recipe["held_out"], strict=True):
             if splits[name]["sequences"] < wanted:
-                found = splits[name]["sequences"]
-                lines.append(f"{name} has {found:,} of {wanted:,} dialogues: the data that was read gave no more")
+                lines.append(f"{name} has {splits[name]['sequences']:,} of {wanted:,} dialogues: {why}")
     short = [name for name in ("train", "text") if name in splits and splits[name]["tokens"] < recipe["max_tokens"]]
     lines += [f"{n} has {splits[n]['tokens']:,} of {recipe['max_tokens']:,} tokens: the data ended" for n in short]
     return lines
