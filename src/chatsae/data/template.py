@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
-from itertools import chain, takewhile
+from itertools import chain, product, takewhile
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from chatsae.batch import Dialogue, Message, Role
+from chatsae.data.bounded import problem_of
 from chatsae.data.labels import Grammar, Labels, Sign, Span
 from chatsae.data.marks import CharacterSpan, LeftOutError, locate
 from chatsae.errors import UserError
@@ -25,7 +26,11 @@ ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT, 
 
 _NOW = {"d": "26", "m": "07", "b": "Jul", "B": "July", "Y": "2024", "y": "24", "a": "Fri", "A": "Friday"}
 _NOW |= {"j": "208", "H": "00", "M": "00", "S": "00"}
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RuntimeError, MemoryError, AssertionError),
+)
+_LONGEST = 100_000  # characters that a template may write for a dialogue of two short turns
 _PROBES = (
     ("Hello", "Hi there!", "Why is the sky blue?", "It scatters light."),
     ("2 + 2", "4", "Thanks", "You are welcome."),
@@ -101,7 +106,38 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> "ChatTemplate":
 
 @lru_cache(maxsize=4)
 def _analysed(tokenizer: PreTrainedTokenizerBase, name: str, text: str, _size: int) -> "ChatTemplate":
+    _try_out(tokenizer, name, text)
     return ChatTemplate(tokenizer, name, text)
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> None:
+    """Render a short dialogue within limits of time and memory: a template is a program that came with the model.
+
+    jinja's sandbox limits ranges only, not loops in loops, products or the length of what is written.
+
+    Raises:
+        UserError: the template does not end, or takes too much memory.
+    """
+    turns = _turns(_PROBES[0][:2])
+
+    def render() -> None:
+        for parts, prompt in product((False, True), repeat=2):
+            contents: list[Any] = [[{"type": "text", "text": m.content}] if parts else m.content for m in turns]
+            chat: Any = [{"role": m.role, "content": c} for m, c in zip(turns, contents, strict=True)]
+            try:
+                written = tokenizer.apply_chat_template(
+                    chat, chat_template=text, tokenize=False, add_generation_prompt=prompt
+                )
+            except MemoryError:
+                raise
+            except _TEMPLATE_ERRORS:
+                continue
+            if len(str(written)) > _LONGEST:
+                raise MemoryError
+
+    problem = problem_of(render)
+    if problem is not None:
+        raise UserError(f"the chat template of {name} cannot be rendered for a plain dialogue: {problem}")
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -202,7 +238,7 @@ class ChatTemplate:
         return Rendered(dialogue.id, text, tuple(ROLES[m.role] for m in messages), spans, prompt)
 
     def text(self, messages: Iterable[Message], *, prompt: bool = False) -> str:
-        """What the template makes of messages; nothing else in the package renders.
+        """What the template makes of messages; nothing else in the package renders, but for `_try_out`.
 
         Raises:
             SkippedError: the template raises.

@@ -21,7 +21,10 @@ from chatsae.lm.stacks import build, count_blocks, decoder_of, refuse_others, te
 _TIMEOUT = 10.0  # seconds for the one request that tells whether the hub answers
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
 # What transformers raises for broken files, unknown architectures and configurations that do not hold together.
-LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError, SafetensorError)
+LOAD_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, ArithmeticError),
+    *(AssertionError, MemoryError, SafetensorError, hub_errors.StrictDataclassError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +69,11 @@ def quiet(*, downloads: bool = False) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's text, for a message of one line."""
+    """The first line of an exception's text, and the second where the first announces it, for a message of one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def demo_model_path() -> Path:

@@ -31,8 +31,11 @@ def refuse_others(config: PreTrainedConfig, name: str) -> None:
     if encoder or not (remote or headed_class(config)):
         raise UserError(f"{name}: {kind} is not a decoder-only language model; a causal one is needed")
     for field in ("num_hidden_layers", "hidden_size"):
-        if not isinstance(getattr(text, field, None), int):
+        value = getattr(text, field, None)
+        if not isinstance(value, int):
             raise UserError(f"{name}: {kind} has no single stack of decoder blocks: its config.json says no {field}")
+        if value < 1:
+            raise UserError(f"{name}: config.json says {field} {value}; at least 1 was expected")
 
 
 def decoder_of(model: Any, n_layers: int, layer_path: str | None = None) -> tuple[nn.Module, str, nn.ModuleList]:
