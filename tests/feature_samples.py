@@ -79,17 +79,17 @@ def rendered(lm: LanguageModel, n: int = 30) -> TokenBatch:
     return TokenBatch.concat(list(render(said(n), lm.tokenizer)))
 
 
-def planted_run(folder: Path, model: Path) -> Path:
-    """A finished run of the planted SAE whose source has some 40 dialogues to interpret."""
+def planted_run(folder: Path, model: Path, n: int = 400, architectures: tuple = ("standard",)) -> Path:
+    """A finished run of the planted SAE whose source has `n` dialogues, a tenth of them to interpret."""
     folder.mkdir()
     source = folder / "chat.jsonl"
-    rows = [{"messages": [{"role": m.role, "content": m.content} for m in d.messages]} for d in said(400)]
+    rows = [{"messages": [{"role": m.role, "content": m.content} for m in d.messages]} for d in said(n)]
     source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = RunConfig(
         model=ModelConfig(name=str(model), layers=(1,)),
         data=DataConfig(sources=(str(source),)),
         harvest=HarvestConfig(token_budget=400),
-        sae=SAEConfig(architectures=("standard",), expansion_factors=(1,)),
+        sae=SAEConfig(architectures=architectures, expansion_factors=(1,)),
     )
     run = Run.open(folder / "run", config)
     planted(LanguageModel(model, [1], head=True)).save(run.path / "saes" / "L1-1x-standard")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -22,8 +21,9 @@ from chatsae.lm.load import LanguageModel
 from chatsae.sae.base import SAE
 from chatsae.steering.export.bias import find_fold, write_folded
 from chatsae.steering.export.constant import constants
-from chatsae.steering.export.vectors import MOST_NUMBERS, VECTOR_SCHEMA, control_vector, neuronpedia_vector
+from chatsae.steering.export.vectors import MOST_NUMBERS, control_vector, neuronpedia_vector
 from chatsae.steering.spec import SteerSpec, Where
+from export_schemas import check
 from feature_samples import TOKEN, plain_model, planted_run
 from sae_samples import spec as sae_spec
 from tiny_models import tiny_model, tiny_tokenizer
@@ -162,7 +162,7 @@ def test_the_reader_of_gguf_finds_what_was_written(
 def test_a_neuronpedia_vector_times_its_strength_is_what_is_added(sae: SAE, alpha: float) -> None:
     spec = SteerSpec(sae=sae, feature=5, strength=alpha)
     body = neuronpedia_vector(spec, "qwen2.5-7b-it", "a feature")
-    jsonschema.validate(json.loads(json.dumps(body, allow_nan=False)), VECTOR_SCHEMA)
+    check(body, "neuronpedia-vector")
     keys = "modelId layerNumber hookType vector vectorDefaultSteerStrength vectorLabel"
     assert list(body) == keys.split()
     assert (body["modelId"], body["vectorLabel"]) == ("qwen2.5-7b-it", "a feature")
@@ -333,7 +333,7 @@ def test_a_feature_of_a_run_is_exported_in_every_format(run: Path, tmp_path: Pat
             assert (logits(lm.model, ids_of(lm)) - wanted).abs().max() < 1e-5
     written = exported(run, tmp_path / "np", capsys, "--format", "neuronpedia-vector", *what)
     body = json.loads((Path(written["directory"]) / "vector-0.json").read_text())
-    jsonschema.validate(body, VECTOR_SCHEMA)
+    check(body, "neuronpedia-vector")
     assert (body["modelId"], body["vectorDefaultSteerStrength"]) == ("plain_model", -2.5)
     written = exported(run, tmp_path / "bias", capsys, "--format", "bias", *what)
     read = AutoModelForCausalLM.from_pretrained(written["directory"])

@@ -17,6 +17,18 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]*")
 _NOT_NAME = re.compile(r"[^a-z0-9._-]+")
 
 
+def check_replaceable(path: Path) -> None:
+    """Refuse what is no export, before anything is computed for one.
+
+    Raises:
+        UserError: there is a file, or a directory with other files.
+    """
+    if path.exists() and not (path / MARK).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} holds other files than an export (no {MARK}); choose another --out")
+    if (file := next((p for p in path.parents if p.is_file()), None)) is not None:
+        raise UserError(f"{path} cannot be written: {file} is a file; choose another --out")
+
+
 @contextmanager
 def directory(path: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     """A temporary directory that takes the place of `path` at the end, with `facts` (read then) in its MARK.
@@ -24,8 +36,7 @@ def directory(path: Path, facts: Mapping[str, Any]) -> Iterator[Path]:
     Raises:
         UserError: it cannot be written, or holds files that are no export.
     """
-    if path.exists() and not (path / MARK).is_file() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} holds other files than an export (no {MARK}); choose another --out")
+    check_replaceable(path)
     with whole(path) as new:
         new.mkdir()
         yield new
@@ -53,6 +64,15 @@ def write_json(path: Path, value: Any, *, compact: bool = False) -> None:
 def identifier(text: str) -> str:
     """Text as an id: lower case, with dashes for what an id cannot hold."""
     return re.sub("_+", "_", _NOT_NAME.sub("-", text.lower())).strip("-._") or "unnamed"
+
+
+def public(names: str) -> str:
+    """Models or corpora, separated by commas, as others may know them: of a path on this machine its last part."""
+
+    def own(name: str) -> bool:
+        return name.startswith((".", "~")) or Path(name).is_absolute() or Path(name).exists()
+
+    return ", ".join(Path(name).name if own(name) else name for name in names.split(", "))
 
 
 def check_identifier(flag: str, value: str) -> None:

@@ -1,7 +1,7 @@
 """`chatsae export`: the features or the evaluation of a run, in the formats of other tools. Nothing is sent."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,12 +10,13 @@ from typing import Any, Literal
 from chatsae import console
 from chatsae.console import Column
 from chatsae.errors import UserError
-from chatsae.exporting import directory, identifier, listed, write_json
+from chatsae.exporting import check_replaceable, directory, identifier, listed, public, write_json
 from chatsae.features.collect import Reading
 from chatsae.features.export import delphi, neuronpedia, saebench, saedashboard
 from chatsae.features.export.subject import Explanation, Names, Subject
 from chatsae.features.judging import chosen, read_judgements
 from chatsae.features.session import RunFeatures
+from chatsae.features.store import FeatureStore
 from chatsae.lm.facts import planning_facts
 from chatsae.run_model import trained_model
 from chatsae.runs import Run
@@ -73,20 +74,28 @@ def _evaluation(path: Path, wanted: Wanted, when: datetime) -> list[dict[str, An
         if value:
             raise UserError(f"{flag}: an evaluation has none; leave it out with --format saebench")
     run = Run.read(path)
-    there = [p.name for p in run.sae_directories()]
+    there = {p.name: p for p in run.sae_directories()}
     if wanted.sae is not None and wanted.sae not in there:
         raise UserError(f"run {path} has no SAE {wanted.sae!r}; it has {', '.join(there)}")
-    file = path / "report.json"
-    report = saebench.read_report(file)
+    names = list(there) if wanted.sae is None else [wanted.sae]
+    targets = {name: _out(path, wanted) / name for name in names}
+    for target in targets.values():
+        check_replaceable(target)
+    report, dataset = saebench.read_report(path / "report.json"), _dataset(run)
+    results = {
+        name: saebench.result(
+            report, run, there[name], release=_names(run, name, wanted).set_name, dataset=dataset, when=when
+        )
+        for name in names
+    }
     written = []
-    for name in there if wanted.sae is None else [wanted.sae]:
-        release = _names(run, name, wanted).set_name
-        result = saebench.result(report, name, run=str(path), release=release, when=when, source=str(file))
-        facts: dict[str, Any] = {"format": wanted.format, "sae": name, "left_out": {}}
-        target = _out(path, wanted) / name
-        with directory(target, facts) as folder:
+    for name, result in results.items():
+        unknown = len(result["eval_result_unstructured"]["unknown"])
+        left_out = {f"figures that the report does not hold, written as {saebench.UNKNOWN}": unknown} if unknown else {}
+        facts: dict[str, Any] = {"format": wanted.format, "sae": name, "left_out": left_out}
+        with directory(targets[name], facts) as folder:
             write_json(folder / f"{name}_eval_results.json", result)
-        written.append(listed(target, facts))
+        written.append(listed(targets[name], facts))
     return written
 
 
@@ -96,16 +105,12 @@ def _features(path: Path, wanted: Wanted, when: datetime) -> list[dict[str, Any]
     sources = Counter((each.model_id, each.source(run.saes[name].spec.layer)) for name, each in names.items())
     if wanted.format != "delphi" and max(sources.values()) > 1:
         raise UserError("--set-name: several SAEs of one layer cannot have one name; choose one of them with --sae")
-    stores = run.stores()
+    targets = {name: _target(path, wanted, name, names[name], sae.spec.layer) for name, sae in run.saes.items()}
+    for target in targets.values():
+        check_replaceable(target)
+    stores = _with_contexts(path, run.stores(), wanted.features)
     written = []
     for name, store in stores.items():
-        if not len(store):
-            raise UserError(f"no feature of {name} has contexts, since none fired on the dialogues; nothing to export")
-        if wanted.features > len(store):
-            raise UserError(
-                f"--features: {wanted.features} asked for, but {len(store)} of {name} have contexts; "
-                f"`chatsae features {path} --features {wanted.features}` makes them"
-            )
         tally: Counter[str] = Counter()
         subject = Subject(
             store=store,
@@ -119,18 +124,44 @@ def _features(path: Path, wanted: Wanted, when: datetime) -> list[dict[str, Any]
             n_layers=_n_layers(run.run, tally) if wanted.format == "neuronpedia-bulk" else None,
             tally=tally,
         )
-        written.append(_write(run, subject, wanted))
+        written.append(_write(run, subject, wanted.format, targets[name]))
     return written
 
 
-def _write(run: RunFeatures, subject: Subject, wanted: Wanted) -> dict[str, Any]:
-    store, out = subject.store, _out(run.run.path, wanted)
-    facts: dict[str, Any] = {"format": wanted.format, "sae": store.name, "features": len(subject.features)}
+def _with_contexts(path: Path, stores: Mapping[str, FeatureStore], asked: int) -> dict[str, FeatureStore]:
+    """The stores that can be exported; one whose features are all dead is left out, and said.
+
+    Raises:
+        UserError: there is none, or more features are asked for than one has.
+    """
+    found = {name: store for name, store in stores.items() if len(store)}
+    empty = [name for name in stores if name not in found]
+    if not found:
+        raise UserError(f"no feature of {', '.join(empty)} has contexts, since none fired on the dialogues")
+    for name, store in found.items():
+        if asked > len(store):
+            raise UserError(
+                f"--features: {asked} asked for, but {len(store)} of {name} have contexts; "
+                f"`chatsae features {path} --features {asked}` makes them"
+            )
+    if empty:
+        console.warn(f"left out, since none of their features fired on the dialogues: {', '.join(empty)}")
+    return found
+
+
+def _target(path: Path, wanted: Wanted, name: str, names: Names, layer: int) -> Path:
+    """The directory of an SAE; delphi's tells SAEs by their name in the run, the others by their ids."""
+    out = _out(path, wanted)
+    return out / name if wanted.format == "delphi" else out / names.model_id / names.source(layer)
+
+
+def _write(run: RunFeatures, subject: Subject, form: Format, target: Path) -> dict[str, Any]:
+    store = subject.store
+    facts: dict[str, Any] = {"format": form, "sae": store.name, "features": len(subject.features)}
     facts["sae_sha256"] = store.facts["sae_sha256"]
     facts["left_out"] = subject.tally  # counted while the directory is written
-    if wanted.format == "delphi":
-        target, lm = out / store.name, run.lm
-        tokens, reading = run.tokens(store.facts["dialogues_asked"]), Reading(**store.facts["reading"])
+    if form == "delphi":
+        lm, tokens = run.lm, run.tokens(store.facts["dialogues_asked"])
         with directory(target, facts) as folder:
             delphi.write(
                 subject.sae,
@@ -138,15 +169,14 @@ def _write(run: RunFeatures, subject: Subject, wanted: Wanted) -> dict[str, Any]
                 tokens,
                 subject.features,
                 folder,
-                reading=reading,
+                reading=Reading(**store.facts["reading"]),
                 dataset=subject.dataset,
                 split=store.facts["split"],
                 tally=subject.tally,
             )
-        return listed(target, facts)
-    target = out / subject.names.model_id / subject.source
-    with directory(target, facts) as folder:
-        _WRITERS[wanted.format](subject, folder)
+    else:
+        with directory(target, facts) as folder:
+            _WRITERS[form](subject, folder)
     return listed(target, facts)
 
 
@@ -167,8 +197,7 @@ def _names(run: Run, sae: str, wanted: Wanted) -> Names:
 
 def _dataset(run: Run) -> str:
     """The corpora that were read; of a local file its name, since paths are nobody's business."""
-    sources: Sequence[str] = run.config.eval.sources or run.config.data.sources
-    return ", ".join(Path(s).name if Path(s).is_absolute() or Path(s).exists() else s for s in sources)
+    return public(", ".join(run.config.eval.sources or run.config.data.sources))
 
 
 def _n_layers(run: Run, tally: Counter[str]) -> int | None:

@@ -1,9 +1,8 @@
-"""delphi: the cache of latents of a hookpoint, one row per dialogue."""
+"""delphi: the cache of latents of a hookpoint."""
 
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,19 @@ from safetensors.numpy import save_file
 
 from chatsae import console
 from chatsae.batch import TokenBatch
-from chatsae.errors import UserError
 from chatsae.exporting import write_json
 from chatsae.features.collect import Reading, check, harvest
 from chatsae.features.firings import firings, narrow
+from chatsae.lm.checkpoint import demo_model_path
 from chatsae.lm.load import LanguageModel
 from chatsae.sae.base import SAE
 
 LEAST = 1e-5
 """Activations up to this are dropped."""
-LONGEST = 2048
-"""Tokens of a row at most, where no other length is asked for."""
+WINDOW = 32
+"""delphi's default example_ctx_len: it cuts rows into windows of so many tokens, and dialogues begin with a window."""
+ROW = 256
+"""Tokens of a row at most, delphi's default cache_ctx_len."""
 
 _LARGEST = float(np.finfo(np.float16).max)
 
@@ -36,7 +37,7 @@ class Latents:
     activations: np.ndarray
     """[n], float16, finite."""
     tokens: np.ndarray
-    """[rows, ctx], int64; padded on the right."""
+    """[rows, ctx], int64; each dialogue is padded to whole windows, and the last row to its end."""
     n_tokens: int
     """Tokens that are no padding."""
 
@@ -48,22 +49,20 @@ def latents(
     features: Sequence[int],
     *,
     reading: Reading,
-    ctx: int | None = None,
     tally: Counter[str] | None = None,
 ) -> Latents:
-    """The activations of some features on dialogues, each a row of `ctx` tokens; by default the longest, up to 2,048.
+    """The activations of some features on dialogues, which lie one behind the other in rows, each padded to windows.
 
-    The model reads each dialogue whole; what is behind `ctx` is cut and counted. Padding is never active.
+    The model reads each dialogue whole and by itself. A window never holds two dialogues, and none is all padding but
+    the last few; padding is never active.
 
     Raises:
-        UserError: `ctx` is below 1, or the model and the SAE do not go together.
+        UserError: the model and the SAE do not go together.
     """
-    if ctx is not None and ctx < 1:
-        raise UserError(f"the length of a row must be at least 1, not {ctx}")
     check({sae.spec.name: sae}, lm)
     tally = Counter() if tally is None else tally
     starts = tokens.cu_seqlens.numpy().astype(np.int64)
-    width = ctx or min(LONGEST, int(np.diff(starts).max()))
+    shift, width = _places(starts)
     chosen = np.array(features, np.int64)
     part, layer = narrow(sae, chosen), lm.layers.index(sae.spec.layer)
     found = [np.empty((0, 3), np.int64)]
@@ -71,16 +70,13 @@ def latents(
     with console.progress("latents", len(tokens)) as advance:
         for batch, acts, _, index in harvest(lm, tokens, reading, tally=tally):
             for fired in firings(part, acts[layer], index):
-                row = np.searchsorted(starts, fired.token, side="right") - 1
-                position = fired.token - starts[row]
-                kept = (position < width) & (fired.value > LEAST)
-                found.append(np.stack([row, position, chosen[fired.feature]], axis=1)[kept])
+                place = fired.token + shift[np.searchsorted(starts, fired.token, side="right") - 1]
+                kept = fired.value > LEAST
+                found.append(np.stack([*np.divmod(place, width), chosen[fired.feature]], axis=1)[kept])
                 values.append(fired.value[kept])
             advance(len(batch))
-    if cut := int(np.maximum(np.diff(starts) - width, 0).sum()):
-        tally[f"tokens behind the first {width} of their dialogue, cut"] += cut
-    rows = _rows(tokens, lm, width)
-    return collected(np.concatenate(found), np.concatenate(values), rows, int(starts[-1]) - cut, tally)
+    rows = _rows(tokens, lm, shift, width)
+    return collected(np.concatenate(found), np.concatenate(values), rows, int(starts[-1]), tally)
 
 
 def write(
@@ -110,7 +106,7 @@ def write(
         "cache_ctx_len": found.tokens.shape[1],
         "n_tokens": found.n_tokens,
         "n_splits": 1,
-        "model_name": lm.name,
+        "model_name": findable(lm.name),
     }
     write_json(place / "config.json", config)
 
@@ -120,13 +116,24 @@ def hookpoint(layer: int) -> str:
     return f"layers.{layer}"
 
 
-def _rows(tokens: TokenBatch, lm: LanguageModel, width: int) -> np.ndarray:
+def findable(model: str) -> str:
+    """The model as delphi, which reads its tokenizer, finds it from any directory."""
+    path = demo_model_path() if model == "demo" else Path(model).expanduser()
+    return str(path.resolve()) if path.is_dir() else model
+
+
+def _places(starts: np.ndarray) -> tuple[np.ndarray, int]:
+    """How far each dialogue, and what is behind the last, is moved to begin with a window; and the width of a row."""
+    padded = -(-np.diff(starts) // WINDOW) * WINDOW
+    moved = np.concatenate([[0], np.cumsum(padded)])
+    return moved - starts, int(min(ROW, moved[-1]))
+
+
+def _rows(tokens: TokenBatch, lm: LanguageModel, shift: np.ndarray, width: int) -> np.ndarray:
     pad = next((i for i in (lm.tokenizer.pad_token_id, lm.tokenizer.eos_token_id) if isinstance(i, int)), 0)
-    rows = np.full((len(tokens), width), pad, np.int64)
-    starts = tokens.cu_seqlens.tolist()
-    for row, (start, stop) in enumerate(pairwise(starts)):
-        n = min(stop - start, width)
-        rows[row, :n] = tokens.input_ids[start : start + n].numpy()
+    n = len(tokens.input_ids)
+    rows = np.full((-(-(n + int(shift[-1])) // width), width), pad, np.int64)
+    rows.flat[np.arange(n) + np.repeat(shift[:-1], tokens.lengths.numpy())] = tokens.input_ids.numpy()
     return rows
 
 

@@ -1,4 +1,4 @@
-"""SAEBench: the result of its core evaluation, from a run's report.json."""
+"""SAEBench: the result of its core evaluation, from a run's report.json and the weights of the SAE."""
 
 import hashlib
 import json
@@ -8,8 +8,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chatsae.errors import UserError
+from chatsae.exporting import public
+from chatsae.features.directions import decoder_neighbours
 from chatsae.files import damaged, read_object
+from chatsae.runs import Run
+from chatsae.sae.base import SAE
+from chatsae.sae.interop import cfg_of
 
 SCHEMA = 2
 """Of report.json; the latest that is read."""
@@ -46,47 +53,101 @@ METRICS: dict[str, dict[str, str | None]] = {
     "misc_metrics": {
         "freq_over_1_percent": "dense_1pct",
         "freq_over_10_percent": "dense_10pct",
+        "normalized_freq_over_1_percent": None,
+        "normalized_freq_over_10_percent": None,
+        "average_max_encoder_cosine_sim": "encoder_cosine",
         "average_max_decoder_cosine_sim": "duplicate_cosine",
         "frac_alive": "frac_alive",
     },
 }
-"""SAEBench's metrics, by group, and our figure for each; None: report.json has none."""
+"""SAEBench's metrics, by group, and our figure for each; None: neither report.json nor the weights have it."""
+
+_COMPARED = 8192
+UNKNOWN = -1
+"""What SAEBench writes for a figure that it has not; its reader takes numbers alone."""
 
 
 def result(
-    report: Mapping[str, Any], sae: str, *, run: str, release: str, when: datetime, source: str = "report.json"
+    report: Mapping[str, Any], run: Run, directory: Path, *, release: str, dataset: str, when: datetime
 ) -> dict[str, Any]:
-    """The result of an SAE; figures that the report does not have are null.
+    """The result of the SAE in a directory of the run, as SAEBench's `CoreEvalOutput`.
 
     Raises:
-        UserError: the report does not hold the SAE.
+        UserError: the report does not hold the SAE, or its directory cannot be read.
     """
-    rows = report["saes"]
-    if sae not in rows:
-        raise UserError(f"{source} holds no SAE {sae!r}; it has {', '.join(rows)}. `chatsae eval {run}` writes it anew")
-    row = finite(rows[sae])
+    rows, name = report["saes"], directory.name
+    if name not in rows:
+        raise UserError(
+            f"{run.path / 'report.json'} holds no SAE {name!r}; it has {', '.join(rows)}. "
+            f"`chatsae eval {run.path}` writes it anew"
+        )
+    sae = SAE.load(directory)
+    row, facts = finite(rows[name]), finite(report["facts"])
     figures = row | {
         "loss_with_sae": _sum(row.get("loss"), row.get("delta_loss"), 1),
         "frac_alive": _sum(1.0, row.get("dead_fraction"), -1),
+        "encoder_cosine": _encoder_cosine(sae),
     }
-    metrics = {
-        group: {key: None if name is None else figures.get(name) for key, name in keys.items()}
-        for group, keys in METRICS.items()
-    }
-    facts = finite(report["facts"])
+    metrics = {group: {key: figures.get(name or "") for key, name in keys.items()} for group, keys in METRICS.items()}
+    unknown = [key for found in metrics.values() for key, value in found.items() if value is None]
+    identity = json.dumps([str(run.path), name, facts, row], sort_keys=True)
+    facts |= {"model": public(run.config.model.name), "sources": public(facts.get("sources") or dataset)}
     return {
         "eval_type_id": "core",
-        "eval_config": facts,
-        "eval_id": hashlib.sha256(json.dumps([run, sae, facts, row], sort_keys=True).encode()).hexdigest()[:32],
+        "eval_config": _config(run, facts, row),
+        "eval_id": hashlib.sha256(identity.encode()).hexdigest()[:32],
         "datetime_epoch_millis": int(when.timestamp() * 1000),
-        "eval_result_metrics": metrics,
+        "eval_result_metrics": {
+            group: {key: _known(v) for key, v in found.items()} for group, found in metrics.items()
+        },
         "eval_result_details": [],
         "sae_bench_commit_hash": "",
-        "sae_lens_id": sae,
+        "sae_lens_id": name,
         "sae_lens_release_id": release,
         "sae_lens_version": "",
-        "eval_result_unstructured": {"chatsae": row},
+        "sae_cfg_dict": _cfg(sae),
+        "eval_result_unstructured": {"chatsae": row, "facts": facts, "unknown": unknown},
     }
+
+
+def _config(run: Run, facts: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
+    """How it was evaluated, in SAEBench's words; a key that is left out would be read as its default there.
+
+    Dialogues are its prompts, each read by itself and whole.
+    """
+    n_dialogues = _known(facts.get("n_dialogues"))
+    return {
+        "model_name": facts["model"],
+        "llm_dtype": run.config.model.dtype,
+        "batch_size_prompts": 1,
+        "n_eval_reconstruction_batches": n_dialogues,
+        "n_eval_sparsity_variance_batches": n_dialogues,
+        "dataset": facts["sources"],
+        "context_size": _known(facts.get("max_length")),
+        "compute_kl": row.get("kl") is not None,
+        "compute_ce_loss": row.get("loss") is not None,
+        "compute_l2_norms": True,
+        "compute_sparsity_metrics": True,
+        "compute_variance_metrics": True,
+        "compute_featurewise_density_statistics": False,
+        "compute_featurewise_weight_based_metrics": False,
+        "exclude_special_tokens_from_reconstruction": False,
+        "verbose": False,
+    }
+
+
+def _encoder_cosine(sae: SAE) -> float | None:
+    """Mean over features of the largest cosine with another's encoder; of many features so many at even distances."""
+    if sae.spec.d_sae < 2:
+        return None
+    chosen = np.linspace(0, sae.spec.d_sae - 1, min(sae.spec.d_sae, _COMPARED)).round().astype(np.int64)
+    return float(decoder_neighbours(sae.W_enc.T, chosen, k=1)[1].mean(dtype=np.float64))
+
+
+def _cfg(sae: SAE) -> dict[str, Any]:
+    """Its cfg.json, which is in sae_lens' format, without paths of this machine."""
+    names = {key: public(sae.metadata[key]) for key in ("model_name", "dataset_path") if sae.metadata.get(key)}
+    return finite(cfg_of(sae.spec, dtype=sae.W_enc.dtype, metadata=sae.metadata | names))
 
 
 def read_report(path: Path) -> dict[str, Any]:
@@ -114,6 +175,10 @@ def finite(value: Any) -> Any:
     if isinstance(value, list):
         return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _known(value: Any) -> Any:
+    return UNKNOWN if value is None else value
 
 
 def _sum(a: float | None, b: float | None, sign: int) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 from chatsae import console
 from chatsae.console import Column
 from chatsae.errors import UserError
-from chatsae.exporting import check_identifier, directory, identifier, listed, write_json
+from chatsae.exporting import check_identifier, check_replaceable, directory, identifier, listed, write_json
 from chatsae.lm.facts import planning_facts
 from chatsae.lm.load import load_model
 from chatsae.run_model import trained_model
@@ -67,6 +67,7 @@ def export_steering(path: Path, wanted: Wanted) -> tuple[list[dict[str, Any]], s
         "left_out": {},
     }
     target = (wanted.out or path / "exports" / wanted.format) / name
+    check_replaceable(target)
     write = _writer(run, wanted, specs, labels)
     with directory(target, facts) as folder:
         facts |= write(folder)

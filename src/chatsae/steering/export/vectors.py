@@ -18,20 +18,6 @@ HOOK_TYPE = "hook_resid_post"
 MOST_NUMBERS = 24_576
 MOST_STRENGTH = 100.0
 """Neuronpedia's documented bound of a default strength, on either side of 0."""
-VECTOR_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "modelId": {"type": "string", "pattern": "^[a-z0-9][a-z0-9._-]*$"},
-        "layerNumber": {"type": "integer", "minimum": 0},
-        "hookType": {"enum": ["hook_resid_pre", "hook_resid_post"]},
-        "vector": {"type": "array", "items": {"type": "number"}, "minItems": 1, "maxItems": MOST_NUMBERS},
-        "vectorDefaultSteerStrength": {"type": "number", "minimum": -MOST_STRENGTH, "maximum": MOST_STRENGTH},
-        "vectorLabel": {"type": "string", "minLength": 1},
-    },
-    "required": ["modelId", "layerNumber", "hookType", "vector", "vectorDefaultSteerStrength", "vectorLabel"],
-    "additionalProperties": False,
-}
-"""Of the body of POST /api/vector/new."""
 
 _VERSION, _ALIGNMENT = 3, 32
 _UINT32, _STRING, _F32 = 4, 8, 0  # GGUF's codes of types
