@@ -77,7 +77,7 @@ models: $(VENV)/.dev ## rebuild docs/models.md: a small checkpoint of every fami
 fuzz: $(VENV)/.dev ## 200,000 damaged rows and files into normalise and the readers (under two minutes of CPU)
 	$(BIN)/python tools/fuzz.py
 
-parity: .venv-parity/.done ## compare step for step with the installed sae_lens, and steering vectors with repeng and neuronpedia
+parity: .venv-parity/.done ## compare step for step with the installed sae_lens, and open exports in the tools they are for
 	PYTHONPATH=src:tests .venv-parity/bin/python -m pytest -c tests/parity/pytest.ini -p no:cacheprovider tests/parity
 
 clean: ## remove the virtual environments
@@ -103,10 +103,10 @@ $(VENV)/.dev: $(VENV)/.run
 		--constraint .venv-newest/constraints.txt --editable '.[dev]'
 	@touch $@
 
-.venv-parity/.done: tests/parity/requirements.txt tests/parity/requirements-vectors.txt
+.venv-parity/.done: tests/parity/requirements.txt tests/parity/requirements-exports.txt
 	$(PYTHON) -m venv .venv-parity
 	.venv-parity/bin/python -m pip install --quiet --requirement tests/parity/requirements.txt
-	.venv-parity/bin/python -m pip install --quiet --no-deps --requirement tests/parity/requirements-vectors.txt
+	.venv-parity/bin/python -m pip install --quiet --no-deps --requirement tests/parity/requirements-exports.txt --editable .
 	@touch $@
 
 .venv-peers/.done: tests/parity/requirements.txt bench/sae_step_requirements.txt

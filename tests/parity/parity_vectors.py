@@ -1,14 +1,11 @@
 """Exported steering vectors beside repeng, which reads and applies them, and beside Neuronpedia's own client."""
 
-import json
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from neuronpedia_server import Neuronpedia
 
 import chatsae
 from chatsae.lm.load import LanguageModel
@@ -21,7 +18,7 @@ from chatsae.steering.spec import SteerSpec
 def repeng(monkeypatch):
     """The package, which was written for NumPy 1 and names a type of it in a signature."""
     monkeypatch.setattr(np, "float_", np.float64, raising=False)
-    return pytest.importorskip("repeng", reason="pip install --no-deps -r tests/parity/requirements-vectors.txt")
+    return pytest.importorskip("repeng", reason="pip install --no-deps -r tests/parity/requirements-exports.txt")
 
 
 @pytest.mark.parametrize("strength", [30.0, -12.0])
@@ -72,34 +69,14 @@ def test_repeng_writes_what_chatsae_writes(repeng, tmp_path: Path):
 
 def test_neuronpedias_client_sends_the_body_that_chatsae_writes(monkeypatch):
     """Its client, against a server on this machine that keeps what it gets."""
-    pytest.importorskip("neuronpedia", reason="pip install --no-deps -r tests/parity/requirements-vectors.txt")
+    pytest.importorskip("neuronpedia", reason="pip install --no-deps -r tests/parity/requirements-exports.txt")
     from neuronpedia.np_vector import NPVector
-    from neuronpedia.requests.base_request import NPRequest
-
-    got: list[tuple[str, dict[str, Any]]] = []
-
-    class Server(BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            got.append((self.path, body))
-            names = {"modelId": "m", "source": "3-neuronpedia-resid-post", "index": "1", "label": "", "hookName": ""}
-            answer = json.dumps({"vector": names | {"values": [], "defaultSteerStrength": 0}, "url": "u"}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(answer)))
-            self.end_headers()
-            self.wfile.write(answer)
-
-        def log_message(self, *args: Any) -> None:
-            pass
 
     spec = SteerSpec(vector=torch.randn(40, generator=torch.Generator().manual_seed(0)), layer=3, strength=-12.5)
     ours = neuronpedia_vector(spec, "qwen2.5-7b-it", "L3 feature 5")
     unit = torch.as_tensor(spec.vector).double()
-    with HTTPServer(("127.0.0.1", 0), Server) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        monkeypatch.setattr(NPRequest, "BASE_URL", f"http://127.0.0.1:{server.server_port}/api")
-        monkeypatch.setenv("NEURONPEDIA_API_KEY", "none")
+    names = {"modelId": "m", "source": "3-neuronpedia-resid-post", "index": "1", "label": "", "hookName": ""}
+    with Neuronpedia(monkeypatch) as server:
+        server.answers["/api/vector/new"] = {"vector": names | {"values": [], "defaultSteerStrength": 0}, "url": "u"}
         NPVector.new("L3 feature 5", "qwen2.5-7b-it", 3, "hook_resid_post", (unit / unit.norm()).tolist(), -12.5)
-        server.shutdown()
-    assert got == [("/api/vector/new", ours)]
+    assert server.got == [("/api/vector/new", ours)]
