@@ -379,7 +379,7 @@ def test_a_recipe_is_exported(run: Path, tmp_path: Path, capsys: Any) -> None:
         (["gguf", "--feature", "3"], "--alpha is missing"),
         (["gguf", "--alpha", "3"], "--feature is missing"),
         (["gguf", "--feature", "128", "--alpha", "3"], "feature 128 does not exist"),
-        (["gguf", "--feature", "3", "--alpha", "nan"], "strength must be a finite number"),
+        (["gguf", "--feature", "3", "--alpha", "nan"], "--alpha must be a number, not nan"),
         (["gguf", "--feature", "3", "--alpha", "3", "--sae", "L9"], "has no SAE 'L9'"),
         (["gguf", "--feature", "3", "--alpha", "3", "--features", "2"], "--features: steering has none"),
         (["bias", "--feature", "3", "--alpha", "3", "--set-name", "a"], "--set-name: steering has none"),
