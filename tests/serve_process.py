@@ -25,7 +25,7 @@ from chatsae.serve.engine import Engine
 from chatsae.serve.model import Served
 from chatsae.serve.server import Options, server_of
 
-PATIENCE = 100.0
+PATIENCE = 200.0
 """Seconds that anything may take. Nothing here takes more than a few on a machine that is free, and no test depends on
 how long; a busy machine may take a hundred times that, and only a server that hangs takes longer."""
 

@@ -241,7 +241,7 @@ def test_idle_connections_are_not_felt(served: Served) -> None:
             wait_until(lambda: len(server.server.server_state.connections) == 600)
             for _ in range(3):
                 answered(server, key=KEY)
-            assert len(server.server.server_state.connections) == 600
+            assert len(server.server.server_state.connections) >= 600  # theirs, and perhaps the last answer's
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
@@ -301,7 +301,11 @@ def test_a_client_that_never_reads_is_let_go(served: Served) -> None:
         with ExitStack() as deaf:
             for data in (
                 sent({**ENDLESS, "stream": True, "max_tokens": 1000}),
-                b"GET /v1/features?k=250&text=" + b"word+" * 1900 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                b"GET /v1/features?sae="
+                + STANDARD.encode()
+                + b"&text="
+                + b"word+" * 1900
+                + b" HTTP/1.1\r\nHost: localhost\r\n\r\n",
             ):
                 connection = deaf.enter_context(socket.socket())
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -1,6 +1,7 @@
 """`chatsae serve`: the process around the application: socket, key, signals."""
 
 import asyncio
+import errno
 import ipaddress
 import os
 import resource
@@ -27,6 +28,8 @@ from chatsae.serve.probe import measure_margin
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LAST_SECONDS = 5.0  # to send what ends a stream
+_BACKLOG = 2048  # connections that the system keeps until they are accepted
+_ACCEPTED = 32  # connections that are accepted before anything else is done: their descriptors must be there
 _DESCRIPTORS = 100  # file descriptors for all else than connections
 
 
@@ -84,6 +87,7 @@ def server_of(app: App, listening: socket.socket, key: str | None, options: Opti
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        backlog=_ACCEPTED,
     )
     return Server(config, options.body_seconds, app.limits.read_seconds)
 
@@ -102,6 +106,7 @@ async def _serve(app: App, listening: socket.socket, key: str | None, options: O
         if under_way and not again:
             console.say(f"stopping: {under_way} answers have {options.grace:g} seconds to end")
 
+    loop.set_exception_handler(server.log)
     for number in _SIGNALS:
         loop.add_signal_handler(number, stop)
     app.engine.start()
@@ -122,6 +127,7 @@ class Server(uvicorn.Server):
         """`seconds`: for a request to come; `read_seconds`: for a client to read."""
         super().__init__(config)
         self._seconds, self._read_seconds = seconds, read_seconds
+        self._silent_until = 0.0
         self._quiet: dict[Any, tuple[Any, float]] = {}  # what a connection was last seen at, and since when
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = sys.maxsize if soft == resource.RLIM_INFINITY else soft - min(_DESCRIPTORS, soft // 2)
@@ -129,6 +135,20 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(_BACKLOG)  # asyncio has set it to the number that it accepts at a time
+
+    def log(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A line now and then where there is no descriptor for a connection; a traceback of all else."""
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() > self._silent_until:
+            self._silent_until = loop.time() + 60
+            console.warn("no file descriptor is left for a new connection; idle ones are being closed")
 
     def abort(self) -> None:
         """Close all connections, whatever is under way on them."""
@@ -207,7 +227,7 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
-        listening.listen(2048)
+        listening.listen(_BACKLOG)
     except OSError as error:
         listening.close()
         raise UserError(f"{host}, port {port}: {error.strerror or error}; choose another --port") from None
