@@ -1,5 +1,6 @@
 """Every JSON file that is read from disk: whatever stands in it, one message that names it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,6 +73,23 @@ def test_a_state_that_is_damaged_is_begun_anew(tmp_path: Path, damage: str, caps
     (tmp_path / "state.json").write_bytes(DAMAGE[damage])
     assert load_state(tmp_path, {}, {}) is None
     assert "state.json is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"splits": {}},
+        {"recipe": {"format": 1}, "splits": {}},
+        {"recipe": {"format": 1, "tokenizer": {}, "sources": {}}, "splits": {}},
+        {"recipe": {"format": 1, "tokenizer": {}, "sources": []}, "splits": {"train": {}}},
+        {"recipe": {"format": 1, "tokenizer": {}, "sources": []}, "splits": {"train": {"shards": [{"file": "x"}]}}},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_lacks_something_is_refused(tmp_path: Path, facts: dict[str, object]) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(facts))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged .*delete .* and prepare the data again"):
+        Manifest.read(tmp_path)
 
 
 @pytest.mark.parametrize(

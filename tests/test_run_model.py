@@ -126,6 +126,9 @@ def test_the_file_names_no_path_of_the_machine(run: Run, tmp_path: Path) -> None
     text = (run.path / "model.json").read_text()
     assert str(tmp_path) not in text
     assert "chat_template.jinja" in json.loads(text)["files"]
+    (run.path / "model.json").write_text(text.replace("chat_template.jinja", "chat_template.json"))
+    with pytest.raises(UserError, match="does not match its checksum"):
+        trained_model(run)
 
 
 def test_large_files_are_known_by_a_piece_of_every_tensor(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

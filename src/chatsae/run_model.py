@@ -5,7 +5,7 @@ from typing import Any
 
 from chatsae.config import ModelConfig
 from chatsae.errors import UserError
-from chatsae.files import read_object, write_json
+from chatsae.files import read_object, with_checksum, write_json
 from chatsae.lm.checkpoint import locate
 from chatsae.lm.identity import model_identity
 from chatsae.runs import Run
@@ -23,7 +23,7 @@ def remember_model(run: Run, *, resumes: bool) -> ModelConfig:
         return _same(run, "delete the run directory to begin again")
     model = run.config.model
     source = locate(model.name, model.revision, model.trust_remote_code)
-    write_json(run.path / FILE, model_identity(source))
+    write_json(run.path / FILE, with_checksum(model_identity(source)))
     return model if source.local else replace(model, revision=source.revision)
 
 

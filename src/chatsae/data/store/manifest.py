@@ -15,9 +15,10 @@ from chatsae.config import DataConfig
 from chatsae.data.hashing import SPEC
 from chatsae.data.render import template_facts
 from chatsae.data.sources import Source
+from chatsae.data.store.shards import Shard
 from chatsae.data.template import DATE
 from chatsae.errors import UserError
-from chatsae.files import read_object, sha256
+from chatsae.files import damaged, read_object, sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -134,4 +135,15 @@ class Manifest:
         found = facts["recipe"].get("format")
         if found != FORMAT:
             raise UserError(f"{path} has format {found}, this version reads {FORMAT}; prepare the data again")
+        if not _whole(facts):
+            raise damaged(path, "recipe or splits lacks something", advice)
         return cls(facts, sha256(path))
+
+
+def _whole(facts: dict[str, Any]) -> bool:
+    """Whether what readers take from a manifest is there."""
+    try:
+        _ = [Shard(**shard) for split in facts["splits"].values() for shard in split["shards"]]
+        return isinstance(facts["recipe"]["tokenizer"], dict) and isinstance(facts["recipe"]["sources"], list)
+    except (AttributeError, KeyError, TypeError):
+        return False
