@@ -17,8 +17,8 @@ import chatsae
 from chatsae.batch import Message
 from chatsae.errors import UserError
 from chatsae.lm import checkpoint
-from chatsae.lm.checkpoint import quiet
 from chatsae.lm.harvest import forward
+from chatsae.lm.hf import quiet
 from chatsae.lm.load import LanguageModel, demo_model_path, load_tokenizer, model_facts
 from tiny_models import DECODERS, VOCAB, random_tokens, tiny_model, tiny_tokenizer
 

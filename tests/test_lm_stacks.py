@@ -11,8 +11,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from chatsae.errors import UserError
-from chatsae.lm.checkpoint import quiet
 from chatsae.lm.forward import forward
+from chatsae.lm.hf import quiet
 from chatsae.lm.load import LanguageModel, model_facts
 from chatsae.lm.tap import read_residuals
 from tiny_models import MULTIMODAL, VOCAB, random_tokens, tiny_model

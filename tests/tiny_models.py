@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from chatsae.batch import TokenBatch
-from chatsae.lm.checkpoint import quiet
 from chatsae.lm.harvest import bare_tokens
+from chatsae.lm.hf import quiet
 
 VOCAB = 300
 _COMMON = {

@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 
-from chatsae.lm.checkpoint import quiet
+from chatsae.lm.hf import quiet
 from chatsae.lm.stacks import headed_class
 from modeltable.overrides import OVERRIDES
 

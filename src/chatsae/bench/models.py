@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from chatsae.errors import UserError
-from chatsae.lm.checkpoint import quiet
+from chatsae.lm.hf import quiet
 from chatsae.lm.load import LanguageModel
 
 VOCAB = 8192

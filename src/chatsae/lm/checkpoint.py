@@ -1,7 +1,5 @@
 """Where a model's files are and what they say, before any weight is read."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +10,15 @@ import transformers
 from huggingface_hub import errors as hub_errors
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from transformers.utils import logging as hf_logging
 
 from chatsae.errors import UserError
 from chatsae.files import damaged, read_object
+from chatsae.lm.gguf import gguf_checkpoint, names_gguf
+from chatsae.lm.hf import LOAD_ERRORS, one_line, quiet
 from chatsae.lm.stacks import build, count_blocks, decoder_of, refuse_others, text_config
 
 _TIMEOUT = 10.0  # seconds for the one request that tells whether the hub answers
 _TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json")
-# What transformers raises for broken files, unknown architectures and configurations that do not hold together.
-LOAD_ERRORS = (
-    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError, ArithmeticError),
-    *(AssertionError, MemoryError, SafetensorError, hub_errors.StrictDataclassError),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,32 +44,6 @@ class Source:
         return {"trust_remote_code": self.trust_remote_code, **where}
 
 
-@contextmanager
-def quiet(*, downloads: bool = False) -> Iterator[None]:
-    """Hold back transformers' load reports, advice and progress bars; errors still come through.
-
-    `downloads` lets the bars stand: a download of gigabytes must show that it moves.
-    """
-    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    if not downloads:
-        hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(verbosity)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of an exception's text, and the second where the first announces it, for a message of one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
 def demo_model_path() -> Path:
     """The directory of the tiny chat model that comes with the package."""
     return Path(__file__).parents[1] / "demo" / "tiny-chat"
@@ -88,12 +56,14 @@ def locate(
     *,
     needs: tuple[str, ...] = ("config.json",),
 ) -> Source:
-    """Find a model by directory, by hub name, or as "demo"; one of the files `needs` must be there.
+    """Find a model by directory, by hub name, as a GGUF file or as a preset; one of the files `needs` must be there.
 
     Raises:
         UserError: nothing is there, a file is missing, or the hub neither answers nor has left a copy in its cache.
     """
     path = demo_model_path() if str(name) == "demo" else Path(name).expanduser()
+    if names_gguf(name) and not path.is_dir():
+        return Source(str(name), str(gguf_checkpoint(name, revision)))
     if path.is_dir():
         if not any((path / file).is_file() for file in needs):
             raise UserError(f"{path}: no {' or '.join(needs)} in this directory; a Hugging Face checkpoint is expected")

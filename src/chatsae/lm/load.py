@@ -18,6 +18,7 @@ from chatsae.errors import UserError
 from chatsae.lm import checkpoint, placement, stacks
 from chatsae.lm.checkpoint import ModelFacts, demo_model_path, load_tokenizer, model_facts
 from chatsae.lm.harvest import Harvest, relative_error
+from chatsae.lm.hf import LOAD_ERRORS, one_line, quiet
 from chatsae.lm.placement import pick_device, pick_placement
 from chatsae.lm.random_weights import randomise_
 from chatsae.lm.tap import check_blocks, text_problem
@@ -180,7 +181,7 @@ class LanguageModel:
         )
         greedy.eos_token_id = sorted(self.stop_ids) or None
         ids = ids.to(self.device)
-        with checkpoint.quiet(), torch.inference_mode():
+        with quiet(), torch.inference_mode():
             return self.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
 
     def _adopt(self, model: Any) -> None:
@@ -224,15 +225,15 @@ class LanguageModel:
         if isinstance(factory, type) and issubclass(factory, PreTrainedModel):
             kwargs.pop("trust_remote_code")
         try:
-            with checkpoint.quiet(downloads=not self._source.local):
+            with quiet(downloads=not self._source.local):
                 model, info = factory.from_pretrained(
                     self._source.path, config=config, use_safetensors=True, output_loading_info=True, **kwargs
                 )
                 if "device_map" not in kwargs:
                     model = model.to(self.device)
                 model = model.eval().requires_grad_(False)
-        except checkpoint.LOAD_ERRORS as error:
-            raise UserError(f"{self.name}: the weights cannot be loaded: {checkpoint.one_line(error)}") from None
+        except LOAD_ERRORS as error:
+            raise UserError(f"{self.name}: the weights cannot be loaded: {one_line(error)}") from None
         placement.refuse_offload(getattr(model, "hf_device_map", {}), self.name)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])

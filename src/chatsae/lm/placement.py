@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from chatsae.errors import UserError
-from chatsae.lm.checkpoint import LOAD_ERRORS, one_line, quiet
+from chatsae.lm.hf import LOAD_ERRORS, one_line, quiet
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")

@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from chatsae.errors import UserError
 from chatsae.lm import stacks
-from chatsae.lm.checkpoint import quiet
+from chatsae.lm.hf import quiet
 
 _VOCAB = 256  # looking up a token costs nothing beside a block, whatever the vocabulary
 _MOST = {"cpu": 2**28, "cuda": 2**33}  # bytes of blocks, beyond the first: more say no more about their speed

@@ -17,8 +17,8 @@ import torch
 from chatsae import console
 from chatsae.config import Method, RunConfig, SAESpec, Way
 from chatsae.errors import UserError
-from chatsae.lm.checkpoint import LOAD_ERRORS, one_line
 from chatsae.lm.facts import planning_config
+from chatsae.lm.hf import LOAD_ERRORS, one_line
 from chatsae.lm.packed import PackingRefused
 from chatsae.lm.placement import Placement, pick_placement, quantization_of
 from chatsae.lm.stand_in import StandIn, stand_in

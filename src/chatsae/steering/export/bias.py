@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from chatsae.errors import UserError
-from chatsae.lm.checkpoint import LOAD_ERRORS, one_line, quiet
+from chatsae.lm.hf import LOAD_ERRORS, one_line, quiet
 from chatsae.lm.load import LanguageModel
 from chatsae.lm.placement import quantization_of
 from chatsae.lm.stacks import multimodal
