@@ -11,8 +11,10 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from chatsae import LanguageModel
 from chatsae.errors import UserError
+from chatsae.files import sha256
 from chatsae.lm import gguf
-from chatsae.lm.checkpoint import demo_model_path, load_tokenizer, model_facts
+from chatsae.lm.checkpoint import demo_model_path, load_tokenizer, locate, model_facts
+from chatsae.lm.identity import model_identity
 
 NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -107,6 +109,8 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(made, cache, capsys):
     (made_of,) = (json.loads(file.read_text()) for file in cache.glob(f"models/*/{gguf.ORIGIN}"))
     assert made_of["file"] == "small.gguf"
     assert made_of["quantization"] == "F32"
+    identity = model_identity(locate(path))
+    assert identity == {"files": {"small.gguf": sha256(path)}, "quantization": "F32"}
     assert not list(cache.glob("models/.*"))
 
 

@@ -39,7 +39,8 @@ class ModelConfig(_Checked):
     """The language model whose residual stream is read."""
 
     name: Words = "demo"
-    """Hub name or local directory of a decoder-only chat model; "demo" is the tiny chat model in this package."""
+    """Hub name or local directory of a decoder-only chat model, or a GGUF file (file.gguf, owner/model:file.gguf);
+    "demo" is the tiny chat model in this package, "smollm2" what `chatsae fetch smollm2` brings."""
     layers: tuple[Natural, ...] = (3,)
     """Blocks whose output (resid_post) is read; every one trains its own SAEs from the same pass."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -5,8 +5,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from chatsae.files import parse_json, sha256
+from chatsae.files import parse_json, read_object, sha256
 from chatsae.lm.checkpoint import Source, check_shards, weight_files
+from chatsae.lm.gguf import ORIGIN
 
 _WHOLE = 1 << 28  # bytes; larger weight files are read in part
 _PIECE = 1 << 12  # bytes of each tensor
@@ -20,7 +21,8 @@ _OTHERS = (
 def model_identity(source: Source) -> dict[str, Any]:
     """`commit` of a model from the hub; of a directory `files`, digests of all that decides what the model computes.
 
-    Those are its configuration, weights, tokenizer and chat templates, and its code where it may run.
+    Those are its configuration, weights, tokenizer and chat templates, and its code where it may run; of a GGUF file
+    that file alone.
 
     Raises:
         UserError: a weight file is missing, truncated or corrupt.
@@ -29,6 +31,9 @@ def model_identity(source: Source) -> dict[str, Any]:
         return {"commit": source.revision}
     check_shards(source)
     directory = Path(source.path)
+    if (directory / ORIGIN).is_file():  # the checkpoint is made again where the cache was cleared, perhaps by another
+        origin = read_object(directory / ORIGIN)  # transformers, whose config.json differs
+        return {"files": {origin["file"]: origin["sha256"]}, "quantization": origin["quantization"]}
     patterns = (*_OTHERS, *(["**/*.py"] if source.trust_remote_code else []))
     others = sorted(path for pattern in patterns for path in directory.glob(pattern) if path.is_file())
     digests = {path.relative_to(directory).as_posix(): sha256(path) for path in others}
