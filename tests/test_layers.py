@@ -33,6 +33,7 @@ LAYERS = {
     "steersweep": 6,
     "cli_features": 7,
     "serve": 6,
+    "cli_fetch": 7,
     "cli_serve": 7,
     "audit": 6,
     "cli_audit": 7,

