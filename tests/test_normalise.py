@@ -30,6 +30,12 @@ def pairs(row: Any) -> list[tuple[str, str]]:
     return [(m.role, m.content) for m in found]
 
 
+def reason(row: Any) -> str:
+    found = turns(row)
+    assert isinstance(found, Reject), found
+    return found.reason
+
+
 def openai(*pairs: tuple[str, Any]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in pairs]}
 
@@ -137,6 +143,57 @@ def test_alpaca_input_and_history():
     ]
     dolly = {"instruction": "Add.", "context": "1 2", "response": "3", "category": "x"}
     assert pairs(dolly) == [("user", "Add.\n\n1 2"), ("assistant", "3")]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversation": [["user", "Why?"], ["assistant", "Because."]]},
+        {"conversations": [["human", "Why?"], ["gpt", "Because."]]},
+        {"messages": [("User", "Why?"), ("Assistant", "Because.")]},
+        {"messages": [[["user", "Why?"], ["assistant", "Because."]]]},
+        {"messages": json.dumps([["user", "Why?"], ["assistant", "Because."]])},
+    ],
+)
+def test_pairs_of_role_and_text_are_turns(row):
+    assert pairs(row) == [("user", "Why?"), ("assistant", "Because.")]
+
+
+def test_pairs_of_role_and_text_in_a_history_are_turns():
+    row = {"query": "And?", "response": "No.", "history": [["user", "Why?"], ["assistant", "Because."]]}
+    assert pairs(row)[:2] == [("user", "Why?"), ("assistant", "Because.")]
+
+
+def test_pairs_that_begin_with_a_role_are_no_questions():
+    assert reason({"messages": [["user", "Why?"]]}) == "no assistant turn"
+    assert reason({"messages": [["user", "Why?"], ["narrator", "It rains."]]}) == "unknown role"
+    assert reason({"messages": [["user", "Why?"], "Because."]}) == "field of the wrong type"
+    assert pairs({"messages": [["Why?", "Because."], ["user", "A role."]]})[2:] == [
+        ("user", "user"),
+        ("assistant", "A role."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"question": "How deep?", "context": "The lake.", "answer": "Ten."}, "How deep?\n\nThe lake."),
+        ({"query": "How deep?", "context": "The lake.", "response": "Ten."}, "How deep?\n\nThe lake."),
+        ({"prompt": "Add.", "input": "1 2", "output": "3"}, "Add.\n\n1 2"),
+        ({"question": "Add.", "input": "1 2", "output": "3"}, "Add.\n\n1 2"),
+        ({"input": "How deep?", "context": "The lake.", "output": "Ten."}, "How deep?\n\nThe lake."),
+        ({"instruction": "Add.", "input": "1", "context": "2", "output": "3"}, "Add.\n\n1\n\n2"),
+        ({"prompt": "The lake. How deep?", "context": "The lake.", "response": "Ten."}, "The lake. How deep?"),
+    ],
+)
+def test_what_a_question_is_about_stands_in_it(row, asked):
+    assert pairs(row)[0] == ("user", asked)
+
+
+def test_a_question_with_choices_beside_it_is_no_dialogue():
+    for column in ("choices", "options"):
+        assert reason({"question": "Which?", column: ["a", "b"], "answer": "B"}) == "question with choices beside it"
+    assert reason({"question": "Why?", "context": {"title": ["x"]}, "answer": "B"}) == "field of the wrong type"
 
 
 def test_content_is_kept_to_the_character():

@@ -8,6 +8,7 @@ from typing import Any
 from chatsae.batch import Dialogue, Message
 from chatsae.data.shapes import (
     CHAT_COLUMNS,
+    CHOICES,
     EXTRA_COLUMNS,
     MISSING,
     NO_FIELD,
@@ -52,7 +53,7 @@ REASONS = frozenset(
     [
         *(NOT_OBJECT, NO_FIELD, WRONG_TYPE, MISSING, NO_TURN, _NO_ROLE, _UNKNOWN_ROLE, _EMPTY, _PART, _NOT_JSON),
         *(_SURROGATE, _SPECIAL, _TOO_LONG.format(MAX_CHARS), _NO_USER, _NO_ASSISTANT, _LATE_SYSTEM, _NOT_USER_FIRST),
-        *(_TWICE, _STRAY_TOOL, _MISPLACED),
+        *(_TWICE, _STRAY_TOOL, _MISPLACED, CHOICES),
     ]
 )
 """Every reason of a Reject (that of a long turn with the number of the default)."""

@@ -20,13 +20,19 @@ PAIR_COLUMNS = (
     ("question", "response"),
     ("question", "chosen"),
     ("query", "response"),
+    ("prompt", "output"),
+    ("question", "output"),
+    ("query", "output"),
     ("input", "output"),
     ("human", "assistant"),
     ("user", "assistant"),
 )
 """Columns that hold one question and its answer."""
 
-EXTRA_COLUMNS = ("chosen", "input", "context", "history", "system", "system_prompt", "text", "images", "image")
+EXTRA_COLUMNS = (
+    *("chosen", "input", "context", "choices", "options", "history", "system", "system_prompt", "text"),
+    *("images", "image"),
+)
 """Columns that change the meaning of the ones above, and `text`, which may hold a whole "Human: Assistant:" chat."""
 
 NOT_OBJECT = "row is not an object"
@@ -34,6 +40,7 @@ NO_FIELD = "no chat field"
 WRONG_TYPE = "field of the wrong type"
 MISSING = "field missing"
 NO_TURN = "no turn"
+CHOICES = "question with choices beside it"
 
 ROLES = {
     "system": "system",
@@ -61,7 +68,8 @@ ROLES = {
 }
 """Names of roles, in small letters, and what they are called here."""
 
-_INPUTS = ("input", "context")  # what an instruction is about: Alpaca's and Dolly's word
+_INPUTS = ("input", "context")  # what a question or an instruction is about: Alpaca's and Dolly's word
+_CHOICES = ("choices", "options")  # without which a question and the letter of its answer say nothing
 _DEPTH = 4  # lists, objects and strings of JSON around the turns
 _SHOWN = 60  # characters of a name that are shown
 _HH = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
@@ -184,12 +192,26 @@ def _listed(where: str, turns: Any, depth: int = 0) -> list[Turn]:
             return _listed(f"{where}.{column}", turns[column], depth + 1)
     if not isinstance(turns, list | tuple):
         wrong_type(where, "a list", turns)
-    if len(turns) == 1 and isinstance(turns[0], list | tuple) and not _is_exchange(turns[0]):
+    if len(turns) == 1 and isinstance(turns[0], list | tuple) and not _is_exchange(turns[0]) and not _by_role(turns):
         return _listed(f"{where}[0]", turns[0], depth + 1)
+    if _by_role(turns):
+        return [_said_by(f"{where}[{index}]", turn) for index, turn in enumerate(turns)]
     found: list[Turn] = []
     for index, turn in enumerate(turns):
         found += _one(f"{where}[{index}]", turn)
     return found
+
+
+def _by_role(turns: Sequence[Any]) -> bool:
+    """Whether the first of some lists is a role and what is said in it, not a question and its answer."""
+    first = turns[0] if turns else None
+    return isinstance(first, list | tuple) and len(first) == 2 and _role_of({"role": first[0]}) is not None
+
+
+def _said_by(where: str, turn: Any) -> Turn:
+    if isinstance(turn, list | tuple) and len(turn) == 2:
+        return Turn(where, {"role": turn[0], "content": turn[1]})
+    wrong_type(where, "a role and a text", turn)
 
 
 def _one(where: str, turn: Any) -> list[Turn]:
@@ -247,11 +269,16 @@ def _paired(path: str, row: dict[Any, Any], question: str, answer: str) -> list[
         if before and before[-1].value == {"role": "assistant", "content": ""}:
             before.pop()  # the cue for the answer
     if before is None:
-        given = _filled(row, _INPUTS) if question == "instruction" else None
-        if given is not None and not isinstance(row[given], str):
-            wrong_type(path + given, "text", row[given])
-        if given is not None and isinstance(asked, str) and row[given].strip():
-            asked = f"{asked}\n\n{row[given]}"
+        if (beside := _filled(row, _CHOICES)) is not None:
+            raise RejectedError(CHOICES, repr(path + beside))
+        for given in _INPUTS:
+            if given == question or not row.get(given):
+                continue
+            if not isinstance(row[given], str):
+                wrong_type(path + given, "text", row[given])
+            known = question != "instruction" and isinstance(asked, str) and row[given].strip() in asked
+            if isinstance(asked, str) and not known and row[given].strip():
+                asked = f"{asked}\n\n{row[given]}"
         before = [_said("user", where, asked)]
     turns = _history(path, row.get("history")) + before
     return _answered(turns, path + answer, row[answer], spelled=spelled or answer == "chosen")
@@ -262,6 +289,8 @@ def _history(path: str, history: Any) -> list[Turn]:
         return []
     if not isinstance(history, list | tuple):
         wrong_type(f"{path}history", "a list", history)
+    if _by_role(history):
+        return [_said_by(f"{path}history[{index}]", turn) for index, turn in enumerate(history)]
     turns: list[Turn] = []
     for index, exchange in enumerate(history):
         where = f"{path}history[{index}]"
