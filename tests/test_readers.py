@@ -5,10 +5,11 @@ import importlib.util
 import io
 import itertools
 import json
+import os
 import pickle
 import random
 import tracemalloc
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ from chatsae.data.readers import (
     local_files,
     local_rows,
 )
+from chatsae.data.reading import read
 from chatsae.errors import UserError
 
 ROWS: list[Any] = [{"text": f"Line {i}: {'é' * (i % 7)}", "n": i} for i in range(60)]
@@ -285,6 +287,36 @@ def test_local_files(tmp_path):
     ]
     with pytest.raises(UserError, match=r"a\.json: expected a \.jsonl, \.jsonl\.gz, \.jsonl\.zst or \.parquet file"):
         local_files(tmp_path / "a.json")
+
+
+def test_hidden_files_are_counted_and_links_to_nothing_named(tmp_path):
+    folder = tmp_path / "data"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("a.jsonl", "._a.jsonl", ".ipynb_checkpoints/a.jsonl", "../elsewhere/b.jsonl"):
+        (folder / name).write_bytes(b"{}")
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "c.jsonl").symlink_to(tmp_path / "elsewhere" / "b.jsonl")
+    skipped = Counter()
+    assert local_files(folder, skipped) == [folder / "a.jsonl", folder / "c.jsonl"]
+    assert skipped == {"hidden file": 2, "linked directory": 1}
+    (folder / "gone.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    for path in (folder, folder / "gone.jsonl"):
+        with pytest.raises(UserError, match=r"gone\.jsonl is a link to .*nowhere\.jsonl, which does not exist"):
+            local_files(path)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match=r"pipe\.jsonl is not a regular file"):
+        local_files(tmp_path / "pipe.jsonl")
+
+
+def test_hidden_files_of_a_source_are_in_the_tally(tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = [row | {"messages": [m | {"content": f"{m['content']}{i}"} for m in row["messages"]]} for i in range(40)]
+    for name in ("a.jsonl", "._a.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tally = Counter()
+    assert 20 < len(list(read(str(tmp_path), tally=tally))) <= 40
+    assert tally == {"hidden file": 1}
 
 
 # the hub

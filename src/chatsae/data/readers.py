@@ -5,6 +5,7 @@ import io
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -39,23 +40,45 @@ _SAMPLE, _PACKED_SAMPLE = 1 << 20, 8 << 20  # bytes from which the number of lin
 _BATCH_BYTES, _BATCH_ROWS = 8 << 20, 1024  # of Parquet, decoded at a time
 
 
-def local_files(path: Path) -> list[Path]:
+def local_files(path: Path, skipped: Counter[str] | None = None) -> list[Path]:
     """The file itself, or the data files below a directory, sorted.
 
+    Hidden files, those in hidden directories (editors and systems keep copies there) and directories that are links
+    are left out of a directory and counted in `skipped`.
+
     Raises:
-        UserError: nothing is there, or nothing that can be read.
+        UserError: nothing is there, nothing that can be read, or a link to nothing.
     """
     kinds = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
+    skipped = Counter() if skipped is None else skipped
     if not path.is_dir():
+        _check_regular(path)
         if not path.name.endswith(SUFFIXES):
             raise UserError(f"{path}: expected a {kinds} file, or a directory of them")
         return [path]
-    files = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+    files = []
+    for found in sorted(path.rglob("*")):
+        if found.is_dir():
+            skipped["linked directory"] += found.is_symlink()
+        elif found.name.endswith(SUFFIXES):
+            if any(part.startswith(".") for part in found.relative_to(path).parts):
+                skipped["hidden file"] += 1
+                continue
+            _check_regular(found)
+            files.append(found)
     if not files:
-        raise UserError(f"directory {path} holds no {kinds} file")
+        beside = "".join(f"; {n:,} × {reason} left out" for reason, n in skipped.items() if n)
+        raise UserError(f"directory {path} holds no {kinds} file{beside}")
     return files
+
+
+def _check_regular(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link to {path.readlink()}, which does not exist")
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not path.is_file():
+        raise UserError(f"{path} is not a regular file")
 
 
 def local_rows(path: Path, columns: Sequence[str], start: int = 0) -> Iterator[Row]:

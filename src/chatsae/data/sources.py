@@ -3,8 +3,9 @@
 import difflib
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from pathlib import Path
 from typing import Literal
@@ -118,6 +119,8 @@ class Source:
     parts: tuple[Part, ...]
     rows: int | None
     revision: str | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Files of a directory that are not read, by the reason."""
 
     @property
     def files(self) -> list[Path]:
@@ -167,9 +170,11 @@ def _finder(
             holds = "plain text (data.text_sources)" if kind == "dialogues" else "dialogues (data.sources)"
             raise UserError(f"source {name!r} holds {holds}")
         return lambda: _hub(name, preset.hub_id, preset.config, revisions.get(name), preset.columns, preset.rows)
-    if path.exists() or name.endswith(SUFFIXES) or name.startswith(("/", "./", "../", "~")):
-        files = local_files(path)
-        return lambda: Source(name, tuple(FilePart(f, columns) for f in files), sum(map(estimated_rows, files)))
+    if path.exists() or path.is_symlink() or name.endswith(SUFFIXES) or name.startswith(("/", "./", "../", "~")):
+        skipped: Counter[str] = Counter()
+        files = local_files(path, skipped)
+        parts = tuple(FilePart(f, columns) for f in files)
+        return lambda: Source(name, parts, sum(map(estimated_rows, files)), skipped=+skipped)
     if hub := _HUB_ID.fullmatch(name):
         revision = hub["revision"] or revisions.get(name)
         return lambda: _hub(name, hub["id"], hub["config"], revision, columns, None)

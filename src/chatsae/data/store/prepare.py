@@ -100,6 +100,9 @@ def _recipe(
     documents = find(config.text_sources, "documents", splits=("train",)) if config.text_sources else ()
     if not dialogues and not documents:
         raise UserError("data.sources and data.text_sources are empty; there is nothing to prepare")
+    for source in {source.name: source for source in (*dialogues, *documents)}.values():
+        for reason, n in source.skipped.items():
+            console.say(f"{source.name}: {n:,} × {reason} left out")
     recipe = recipe_of(config, dialogues, documents, tokenizer, seed=seed, max_tokens=max_tokens)
     return recipe, {"dialogues": dialogues, "documents": documents}
 
