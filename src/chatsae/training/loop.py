@@ -22,7 +22,7 @@ from chatsae.sae.init import set_b_dec_
 from chatsae.sae.step import StepState, make_state, train_step
 from chatsae.training.schedule import lr_at, sparsity_scale_at, steps_of
 from chatsae.training.side_by_side import Together, side_by_side
-from chatsae.training.state import restore, snapshot
+from chatsae.training.state import MeanErrors, restore, snapshot
 
 _MEDIAN_SAMPLE = 8192  # rows; 4k to 16k place the geometric median well
 _GSNR_EVERY = 100  # steps at least: it takes as long as several of them
@@ -140,7 +140,8 @@ def train_states(
         UserError: see `train`.
     """
     layers = tuple(layers or sorted({state.sae.spec.layer for state in states.values()}))
-    first = step = _start(states, acts, layers, checkpoint)
+    errors = MeanErrors()
+    first = step = _start(states, acts, layers, checkpoint, errors)
     total, tokens, meter, ending = steps_of(config).total, first * config.batch_size, Meter(), "done"
     devices = [state.sae.W_enc.device for state in states.values()]
     with (
@@ -156,17 +157,18 @@ def train_states(
             logs = (step + 1) % config.log_every == 0 or step + 1 == total
             noise = _gsnr_all(states, batch, layers, step, config, meter) if logs and _gsnr_due(step, config) else {}
             losses = _step_all(states, batch, layers, step, config, meter, together)
+            errors.add(losses)
             step, tokens = step + 1, tokens + batch.shape[1]
             advance(1)
             if logs:
-                record = _record(step, first, losses, noise, states, config, meter)
+                record = _record(step, first, losses, errors.take(), noise, states, config, meter)
                 advance(0, _live(record))
                 if run is not None:
                     run.log(record)
             if step < total and stop.is_set():
                 ending = "interrupted"
             if run is not None and step < total and (stop.is_set() or step % config.checkpoint_every == 0):
-                run.save_checkpoint(snapshot(step, states, acts, tally))
+                run.save_checkpoint(snapshot(step, states, acts, tally, errors))
     for state in states.values():
         state.sae.before_step_()
         state.sae.fresh = False
@@ -241,11 +243,15 @@ def _gsnr_all(
 
 
 def _start(
-    states: Mapping[str, StepState], acts: Activations, layers: Sequence[int], checkpoint: Checkpoint | None
+    states: Mapping[str, StepState],
+    acts: Activations,
+    layers: Sequence[int],
+    checkpoint: Checkpoint | None,
+    errors: MeanErrors,
 ) -> int:
     """Take up a checkpoint, or place b_dec; returns the number of steps that are done."""
     if checkpoint is not None:
-        restore(checkpoint, states, acts)
+        restore(checkpoint, states, acts, errors)
         return checkpoint.step
     with console.progress("fill the buffer", acts.capacity) as acts.on_fill:
         sample = acts.peek(_MEDIAN_SAMPLE)
@@ -274,6 +280,7 @@ def _record(
     step: int,
     first: int,
     losses: Mapping[str, Losses],
+    errors: Mapping[str, float],
     noise: Mapping[str, Gsnr],
     states: Mapping[str, StepState],
     config: TrainConfig,
@@ -283,7 +290,7 @@ def _record(
     for name, loss in losses.items():
         state = states[name]
         saes[name] = {
-            "mse": loss.mse.item() / state.sae.spec.d_in,
+            "mse": errors[name] / state.sae.spec.d_in,
             "sparsity": loss.sparsity.item(),
             "l0": loss.l0.item(),
             "dead_fraction": (state.steps_since_fired > config.dead_feature_window).double().mean().item(),
