@@ -76,11 +76,9 @@ class Served:
             raise self.too_long(request, "more")
         if isinstance(request, FeaturesRequest) and request.raw:
             return request.text or ""
-        turns = _turns(request)
-        if isinstance(request, ChatRequest):
-            turns = (*turns, Message("assistant", "Yes."))
+        dialogue = Dialogue("the messages", "", _turns(request))
         try:
-            return chat_template(tokenizer).render(Dialogue("the messages", "", turns)).text
+            return chat_template(tokenizer).render(dialogue, prompt=isinstance(request, ChatRequest)).text
         except SkippedError:
             return ""
 
