@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -22,11 +23,15 @@ from chatsae.data.template import DATE, template_facts
 from chatsae.errors import UserError
 from chatsae.features.judge.client import Request
 from chatsae.features.judge.local import LocalHF
+from chatsae.lm.facts import planning_facts
 from chatsae.lm.load import LanguageModel, demo_model_path, load_tokenizer
+from chatsae.recipe import load_recipe
 from chatsae.sae.base import SAE
 from chatsae.steering.generate import generate
 from chatsae.steering.rows import Row, row_of_ids, row_of_prompt
 from chatsae.steering.tokens import token_features
+from chatsae.training.plan import plan_pass
+from chatsae.training.session import train_run
 from template_families import FAMILIES
 from templates import Family
 from tiny_models import tiny_model
@@ -351,3 +356,27 @@ def test_a_dialogue_is_cut_at_the_models_context(tmp_path: Path) -> None:
     tally.clear()
     list(render(items, lm.tokenizer, max_length=32, tally=tally))
     assert tally == {"cut at 32 tokens": 1}
+
+
+def test_a_training_goes_on_past_dialogues_longer_than_the_models_context(tmp_path: Path) -> None:
+    saved_model(tmp_path / "model", tokenizer_of(FAMILIES["qwen2"]), max_position_embeddings=64)
+    with (tmp_path / "chat.jsonl").open("w") as file:
+        for n in range(40):
+            turns = [{"role": "user", "content": f"{n} why " * (1 + n % 20)}, {"role": "assistant", "content": "sky"}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{name: {tmp_path / 'model'}, layers: [1], device: cpu}}\n"
+        f"data: {{sources: [{tmp_path / 'chat.jsonl'}], text_sources: [{tmp_path / 'chat.jsonl'}], epochs: 0}}\n"
+        "harvest: {token_budget: 256, pool: 32}\nbuffer: {capacity: 400}\n"
+        "sae: {architectures: [standard], expansion_factors: [1]}\ntrain: {tokens: 1500, batch_size: 50}\n"
+    )
+    config = load_recipe(tmp_path / "recipe.yaml")
+    assert train_run(config, tmp_path / "run").ending == "done"
+    dropped = json.loads((tmp_path / "run" / "summary.json").read_text())["dropped"]
+    assert dropped["cut at 64 tokens, the longest that the model takes"] > 3
+    facts = planning_facts(config.model.name)
+    assert plan_pass("r", config, facts).context.startswith("dialogues are cut at 64 tokens, the context of")
+    blocks = replace(config, data=replace(config.data, method="bt-f"))
+    assert "block_size is 2,048, the context of" in plan_pass("r", blocks, facts).context
+    with pytest.raises(UserError, match=r"data.block_size is 2048, the context of .* is 64"):
+        train_run(blocks, tmp_path / "blocks")
