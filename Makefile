@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --d
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-busy newest check fix bench docs tiny-chat report-images results parity end-to-end fuzz models steering audit synthetic clean
+.PHONY: help demo test test-quick test-busy newest check fix bench docs tiny-chat report-images results parity end-to-end fuzz kill models steering audit synthetic clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,6 +73,10 @@ end-to-end: $(VENV)/.dev .venv-parity/.done ## whole trainings beside sae_lens' 
 
 models: $(VENV)/.dev ## rebuild docs/models.md: a small checkpoint of every family that transformers ships (minutes)
 	$(BIN)/python tools/model_table.py
+
+N ?= 200
+kill: $(VENV)/.dev ## kill verbs N times (200) at random operations and moments, resume, compare every file (half an hour of CPU)
+	$(BIN)/python tools/kill.py --n $(N) --seed 0
 
 fuzz: $(VENV)/.dev ## 200,000 damaged rows and files into normalise and the readers (under two minutes of CPU)
 	$(BIN)/python tools/fuzz.py

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,15 @@ def test_dialogues_that_are_not_finite_can_be_left_out(lm: LanguageModel) -> Non
         assert harvest.state_dict()["batches"] == len(batches) == (1 if budget == 1000 else 4)
         assert {(b.name, b.layer, b.tokens, b.length) for b in harvest.broken} == {("1", 0, 2, 6), ("3", 0, 1, 1)}
     assert tally == {"NaN or infinite activations": 4}
+
+
+def test_a_model_that_never_gives_a_finite_number_ends_the_harvest(lm: LanguageModel) -> None:
+    endless = (bare_tokens([torch.tensor([101, 5])] * 64) for _ in count())
+    with spoiled(lm, float("nan"), 0, 101):
+        with pytest.raises(UserError, match=r"none of the first 1,0\d\d sequences has finite .*try model.dtype"):
+            list(Harvest(lm, endless, way="padded", token_budget=64, on_nan="skip"))
+        with pytest.raises(UserError, match=r"none of the first 2 sequences has finite activations"):
+            list(Harvest(lm, [bare_tokens([torch.tensor([101])] * 2)], way="padded", on_nan="skip"))
 
 
 @pytest.mark.parametrize("prefix", [False, True])

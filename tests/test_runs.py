@@ -96,7 +96,9 @@ def test_checkpoints_come_back_exactly_and_only_two_are_kept(tmp_path):
     run.close()
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "no json", "bad json", "deep json", "a list", "missing"])
+@pytest.mark.parametrize(
+    "damage", ["truncate", "flip", "no json", "bad json", "deep json", "a list", "step", "missing"]
+)
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, capsys):
     run = Run.open(tmp_path, CONFIG)
     run.save_checkpoint(checkpoint(5))
@@ -111,6 +113,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, damage, caps
         file.write_bytes(content)
     elif damage == "no json":
         facts.unlink()
+    elif damage == "step":
+        facts.write_text(facts.read_text().replace('"step": 10', '"step": 150'))
     elif damage in ("bad json", "deep json", "a list"):
         facts.write_text({"bad json": "{", "deep json": "[" * 100_000, "a list": "[1]"}[damage])
     else:

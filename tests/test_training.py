@@ -19,6 +19,7 @@ from chatsae.batch import Dialogue, Message
 from chatsae.cli import main
 from chatsae.config import DataConfig, RunConfig, sae_specs
 from chatsae.errors import UserError
+from chatsae.files import read_object
 from chatsae.lm.facts import planning_config
 from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel, load_model, load_tokenizer
@@ -174,7 +175,7 @@ def test_how_the_model_is_read_is_measured_once_and_kept(world, tmp_path, monkey
         patch.setattr(loop, "train_step", fails)
         with pytest.raises(RuntimeError, match="stop"):
             train_run(config, tmp_path / "run")
-    how = json.loads((tmp_path / "run" / "harvest.json").read_text())
+    how = read_object(tmp_path / "run" / "harvest.json")
     assert (how["way"], how["token_budget"], how["prefix"]) == ("padded", 1024, True)
     assert 0 <= how["median"] <= how["p90"] < 1e-5
     assert "is read padded, 1,024 tokens per forward, the template's prefix once" in capsys.readouterr().err

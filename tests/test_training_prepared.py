@@ -11,6 +11,7 @@ from chatsae.config import RunConfig
 from chatsae.data.store.summary import warnings
 from chatsae.errors import UserError
 from chatsae.evals.session import evaluate_run
+from chatsae.files import read_object
 from chatsae.recipe import load_recipe, to_yaml
 from chatsae.training.pipeline import token_batches
 from chatsae.training.prepare import prepare_data
@@ -71,7 +72,7 @@ def test_every_method_trains_on_one_preparation(prepared, tmp_path, method):
     summary = train_run(config, tmp_path / method)
     assert summary.tokens == 6400
     digest = json.loads((tmp_path / method / "summary.json").read_text())["manifest_sha256"]
-    facts = json.loads((tmp_path / method / "data.json").read_text())
+    facts = read_object(tmp_path / method / "data.json")
     assert facts == {"prepared": str(prepared / "data"), "manifest_sha256": digest}
     card = json.loads((tmp_path / method / "saes" / "L1-1x-standard" / "cfg.json").read_text())
     assert card["metadata"]["manifest_sha256"] == digest

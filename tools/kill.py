@@ -19,9 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-for _name, _value in (("OMP_NUM_THREADS", "1"), ("TOKENIZERS_PARALLELISM", "false"), ("HF_HUB_OFFLINE", "1")):
-    os.environ[_name] = _value  # a process without threads is one that can be forked
-
 from killing.operations import Kill, Operations
 from killing.trees import differences, tree
 from killing.world import BASE, COMMANDS, corpus, small
@@ -180,6 +177,11 @@ def one(worlds: Worlds, verb: str, rng: random.Random) -> tuple[list[str], str]:
     return differences(reference.files, tree(place)), "; ".join(done)
 
 
+def _cpu_seconds(whose: int) -> float:
+    used = resource.getrusage(whose)
+    return used.ru_utime + used.ru_stime
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the kills; 1 if a file differs anywhere."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -203,8 +205,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("\n".join(f"  {line}" for line in found[:40]), flush=True)
         left = (time.monotonic() - start) / done * (len(numbers) - done)
         print(f"\r{done} of {len(numbers)} kills, {failed} differ, {left:.0f} s left   ", end="", flush=True)
-    taken = time.monotonic() - start
-    print(f"\nseed {options.seed}: {len(numbers) - failed} of {len(numbers)} equal after a kill, in {taken:.0f} s")
+    taken, spent = time.monotonic() - start, sum(map(_cpu_seconds, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))
+    print(
+        f"\nseed {options.seed}: {len(numbers) - failed} of {len(numbers)} equal after a kill, "
+        f"in {taken:.0f} s ({spent:.0f} s of CPU time)"
+    )
     if not failed:
         shutil.rmtree(scratch)
     return 1 if failed else 0

@@ -6,15 +6,13 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError
 
 from chatsae.errors import UserError
 
@@ -70,13 +68,16 @@ def whole(path: Path, hint: str = "") -> Iterator[Path]:
         finally:
             _end(scratch, path)
             os.close(lock)
-    except (OSError, SafetensorError) as error:
+    except _write_errors() as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path} cannot be written: {reason}{hint}") from None
 
 
-def settle(directory: Path) -> None:
-    """Finish or remove what killed writers left anywhere below a directory; that of writers that live stays."""
+def settle(directory: Path, *, below: bool = True) -> None:
+    """Finish or remove what killed writers left in a directory, and anywhere below it; that of living writers stays."""
+    if not below:
+        _settle_in(directory)
+        return
     for folder, names, _ in os.walk(directory):
         if any(_SCRATCH.fullmatch(name) for name in names):
             _settle_in(Path(folder))
@@ -228,7 +229,7 @@ def _scratch(path: Path) -> tuple[Path, int]:
     file beside them.
     """
     while True:
-        scratch = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        scratch = path.with_name(f".{path.name}.{os.urandom(8).hex()}.tmp")
         scratch.mkdir()
         with suppress(FileNotFoundError):  # whoever settles may take it for a dead writer's until it is locked
             if (lock := _locked(scratch)) is not None:
@@ -271,6 +272,12 @@ def _end(scratch: Path, path: Path) -> None:
         except OSError:
             os.rename(old[-1], path)
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_errors() -> tuple[type[Exception], ...]:
+    """Safetensors is looked up, not imported: this module needs the standard library only."""
+    safetensors = sys.modules.get("safetensors")
+    return (OSError,) if safetensors is None else (OSError, safetensors.SafetensorError)
 
 
 def _put(new: Path, path: Path, scratch: Path) -> None:

@@ -84,10 +84,10 @@ class Run:
             UserError: the directory is missing or holds no run.
         """
         path = Path(path)
-        settle(path)
         if not (path / "config.yaml").is_file():
             what = "holds no run (no config.yaml)" if path.is_dir() else "does not exist"
             raise UserError(f"run directory {path} {what}")
+        settle(path)  # a run only: walking through whatever else was named could take long
         return cls(path, load_recipe(path / "config.yaml"))
 
     def _started(self) -> bool:

@@ -55,8 +55,7 @@ class Operations:
             signal.setitimer(signal.ITIMER_PROF, self._kill.cpu_seconds)
         for name in (*_RENAMES, *_OTHERS):
             setattr(os, name, self._of_path(name, getattr(os, name), place=1 if name in _RENAMES else 0))
-        os.fsync = self._fsync(os.fsync)
-        os.open = self._os_open(os.open)
+        vars(os).update(fsync=self._fsync(os.fsync), open=self._os_open(os.open))
         io.open = builtins.open = self._open(builtins.open)
         for module in (safetensors.torch, safetensors.numpy):
             _replace_everywhere(module, "save_file", self._save_file(module.save_file))
@@ -127,7 +126,7 @@ class Operations:
             buffer = io.BufferedRandom(raw, size) if "+" in mode else io.BufferedWriter(raw, size)
             if "b" in mode:
                 return buffer
-            text = {name: given.get(name) for name in ("encoding", "errors", "newline")}
+            text: dict[str, Any] = {name: given.get(name) for name in ("encoding", "errors", "newline")}
             return io.TextIOWrapper(buffer, **text, line_buffering=buffering == 1)
 
         return opened

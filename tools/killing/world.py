@@ -38,15 +38,23 @@ eval:
 """
 
 _FEATURES = ["--dialogues", "24", "--features", "8"]
+_LITTLE = ["--model.layers", "1", "--sae.architectures", "standard", "--train.tokens", "640"]
 COMMANDS = {
     "train": ["train", "recipe.yaml", "--out", "run"],
     "prepare": ["prepare", "recipe.yaml", "--out", "data", "--data.max-tokens", "3000"],
     "features": ["features", "run", *_FEATURES],
     "judge": ["judge", "run", "--dialogues", "24", "--features", "6", "--controls", "4"],
     "report": ["report", "run", *_FEATURES],
-    "sweep": ["sweep", "recipe.yaml", "--out", "sweep", "--methods", "fast", "bt-p", "--points", "2"],
+    "sweep": ["sweep", "recipe.yaml", "--out", "sweep", "--methods", "fast", "bt-p", "--points", "2", *_LITTLE],
 }
-BASE = {"train": (), "prepare": (), "sweep": (), **dict.fromkeys(("features", "judge", "report"), ("train",))}
+BASE: dict[str, tuple[str, ...]] = {
+    "train": (),
+    "prepare": (),
+    "features": ("train",),
+    "judge": ("train", "features"),
+    "report": ("train", "features"),
+    "sweep": (),
+}
 """The verbs that have to be run before."""
 
 
@@ -78,8 +86,7 @@ def small() -> None:
     from chatsae.data.store import prepare, selection, shards
     from chatsae.features import collect
 
-    prepare._CHECKPOINT_SECONDS = 0.0
-    selection.CHUNK = 16
-    shards.SEGMENT_TOKENS, shards.SHARD_TOKENS = 500, 1_500
-    assert collect.collect.__kwdefaults__ is not None
-    collect.collect.__kwdefaults__["seconds"] = 0.0
+    vars(prepare).update(_CHECKPOINT_SECONDS=0.0)
+    vars(selection).update(CHUNK=16)
+    vars(shards).update(SEGMENT_TOKENS=500, SHARD_TOKENS=1_500)
+    collect.collect.__kwdefaults__["seconds"] = 0.0  # pyrefly: ignore

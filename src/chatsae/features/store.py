@@ -150,7 +150,7 @@ class FeatureStore:
             UserError: there is none, it is damaged, or another version of chatsae wrote it.
         """
         path = Path(path)
-        settle(path.parent)
+        settle(path.parent, below=False)
         if not (path / "facts.json").is_file():
             raise UserError(f"{path} holds no features (no facts.json); `chatsae features RUN` makes them")
         advice = "`chatsae features RUN --rebuild` makes it anew"

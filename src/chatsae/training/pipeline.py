@@ -43,18 +43,10 @@ def token_batches(
     `data_facts`, whose hub revisions are read. What is dropped is counted in `tally`.
 
     Raises:
-        UserError: a source cannot be read, or a whole pass gives no sequence.
+        UserError: a source cannot be read, or gives no sequence.
     """
-    counts = Counter[str]() if tally is None else tally
     for epoch in range(data.epochs) if data.epochs else count():
-        empty = True
-        for batch in _one_pass(data, tokenizer, seed + epoch, _revisions(facts), counts):
-            empty = empty and not len(batch)
-            yield batch
-        if empty:
-            names = data.text_sources if data.method == "bt-p" else data.sources
-            why = "".join(f"; {n:,} × {reason}" for reason, n in counts.most_common())
-            raise UserError(f"{data.prepared or ', '.join(names)}: no sequence to train on with {data.method}{why}")
+        yield from _one_pass(data, tokenizer, seed + epoch, _revisions(facts), tally)
 
 
 def _one_pass(
@@ -62,7 +54,7 @@ def _one_pass(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     revisions: dict[str, str],
-    tally: Counter[str],
+    tally: Counter[str] | None,
 ) -> Iterator[TokenBatch]:
     if data.prepared:
         sizes = {"max_length": data.max_length, "block_size": data.block_size}
