@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
 
-from chatsae.config import TrainConfig
-from chatsae.training.schedule import Steps, lr_at, sparsity_scale_at, steps_of
+from chatsae.config import BufferConfig, RunConfig, TrainConfig
+from chatsae.training.schedule import Steps, buffer_capacity, lr_at, sparsity_scale_at, steps_of
 
 LR, LR_END = 7e-5, 7e-6
 
@@ -59,3 +59,19 @@ def test_phases_may_be_absent():
 def test_sparsity_scale():
     assert [sparsity_scale_at(k, warmup_steps=4) for k in range(6)] == [0, 0.25, 0.5, 0.75, 1, 1]
     assert sparsity_scale_at(0, warmup_steps=0) == 1
+
+
+@pytest.mark.parametrize(
+    ("capacity", "tokens", "held"),
+    [
+        (500_000, 40_960_000, 500_000),  # the paper's
+        (500_000, 2_000_128, 500_000),
+        (500_000, 20_000, 4_992),  # the default: a quarter of 156 batches
+        (500_000, 300, 256),  # two batches
+        (10_000, 20_000, 10_000),  # asked for, and needed
+        (50_000, 20_000, 19_968),  # more than all
+    ],
+)
+def test_the_buffer_is_never_larger_than_the_training_needs(capacity, tokens, held):
+    config = RunConfig(buffer=BufferConfig(capacity=capacity), train=TrainConfig(tokens=tokens))
+    assert buffer_capacity(config) == held

@@ -122,7 +122,8 @@ class BufferConfig(_Checked):
     """The mixing buffer."""
 
     capacity: Count = 500_000
-    """Activations held; a random half is served and replaced meanwhile, then the next half is drawn."""
+    """Activations held; a random half is served and replaced meanwhile, then the next half is drawn. At the default at
+    most a quarter of train.tokens, at another value at most all of them."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where they are held; auto: with the model, or on the CPU if they would take over half of a GPU's free memory."""
 

@@ -111,6 +111,8 @@ class Run:
         found = [p for spec in specs if (p := self.path / "saes" / spec.name).joinpath("cfg.json").is_file()]
         if not found:
             raise UserError(f"run {self.path} has no finished SAE yet; `chatsae train` with the same recipe goes on")
+        if gone := [spec.name for spec in specs if self.path / "saes" / spec.name not in found]:
+            console.warn(f"run {self.path} is not whole: no cfg.json of {', '.join(gone)}; left out")
         return found
 
     def log(self, record: Mapping[str, Any]) -> None:

@@ -24,7 +24,7 @@ from chatsae.lm.placement import Placement, pick_placement, quantization_of
 from chatsae.lm.stand_in import StandIn, stand_in
 from chatsae.lm.tap import FORWARD_ERRORS, Decoder
 from chatsae.training.overlap import overlaps, shared_threads
-from chatsae.training.schedule import steps_of
+from chatsae.training.schedule import buffer_capacity, steps_of
 from chatsae.training.timing import lm_rate, sae_rate
 
 WORTH_PREDICTING = 30.0
@@ -87,7 +87,7 @@ def harvested(config: RunConfig, steps: int) -> int:
     """Tokens that the model has read after so many steps: the buffer is filled, half of it is served, that half is
     filled again, and so on.
     """
-    batch_size, capacity = config.train.batch_size, config.buffer.capacity
+    batch_size, capacity = config.train.batch_size, buffer_capacity(config)
     half = max(capacity // 2 // batch_size, 1) * batch_size
     return capacity + (ceil(steps * batch_size / half) - 1) * half if steps else 0
 

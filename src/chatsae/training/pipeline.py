@@ -26,7 +26,7 @@ from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel
 from chatsae.lm.probe import choose_way
 from chatsae.training.overlap import overlaps
-from chatsae.training.schedule import steps_of
+from chatsae.training.schedule import buffer_capacity, steps_of
 
 
 def token_batches(
@@ -117,6 +117,7 @@ def activations(
     lm: LanguageModel,
     *,
     skip: int = 0,
+    capacity: int | None = None,
     counted: dict[str, int] | None = None,
     facts: dict[str, Any] | None = None,
     how: dict[str, Any] | None = None,
@@ -126,6 +127,8 @@ def activations(
 
     `counted` is what the interrupted run had dropped by then; where it is not known, the data are counted again.
 
+    `capacity` is that of the buffer, by default `buffer_capacity`.
+
     `facts` are those of `data_facts`, `how` those of `harvest_facts`, found anew by default. Close it in the end, or
     let it go: it may hold a thread.
 
@@ -133,9 +136,10 @@ def activations(
         UserError: see `token_batches`, `Harvest` and `Mixer`.
     """
     ring_device(config.buffer.device, lm.device, 0)  # what cannot be is refused at once
+    capacity = buffer_capacity(config) if capacity is None else capacity
     if config.buffer.device == "cpu" or lm.device.type == "cpu":
-        n_bytes = len(lm.layers) * config.buffer.capacity * lm.d_in * lm.dtype.itemsize
-        check_memory(n_bytes, f"buffer.capacity: {config.buffer.capacity:,} activations")
+        n_bytes = len(lm.layers) * capacity * lm.d_in * lm.dtype.itemsize
+        check_memory(n_bytes, f"buffer.capacity: {capacity:,} activations")
     overlap = overlaps(config, lm)
     counts: Counter[str] | None = Counter() if overlap else tally
     tokens = token_batches(config.data, lm.tokenizer, seed=config.train.seed, facts=facts, tally=counts)
@@ -155,7 +159,7 @@ def activations(
     )
     return mix(
         Ahead(harvest, device=lm.device, counts=counts, tally=tally) if overlap else harvest,
-        capacity=config.buffer.capacity,
+        capacity=capacity,
         batch_size=config.train.batch_size,
         seed=config.train.seed,
         needed=steps_of(config.train).total * config.train.batch_size,

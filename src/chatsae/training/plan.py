@@ -13,6 +13,7 @@ from chatsae.lm.checkpoint import ModelFacts
 from chatsae.lm.facts import planning_facts
 from chatsae.recipe import load_recipe, run_recipe
 from chatsae.training.calibrate import calibrate, duration
+from chatsae.training.schedule import buffer_capacity
 from chatsae.training.timing import ACTIVE, DIALOGUE
 
 _ADAM = 4  # float32 copies of every SAE weight: weight, gradient, two moments
@@ -137,7 +138,7 @@ def plan_pass(recipe: str, config: RunConfig, facts: ModelFacts) -> Pass:
         tokens=config.train.tokens,
         lm_bytes=width * loaded,
         sae_bytes=4 * _ADAM * 2 * encoder_weights,
-        buffer_bytes=width * config.buffer.capacity * len(layers) * facts.d_in,
+        buffer_bytes=width * buffer_capacity(config) * len(layers) * facts.d_in,
         lm_flops=2.0 * (loaded - facts.embedding_parameters) * config.train.tokens,
         sae_flops=float(_SAE_FLOPS) * encoder_weights * config.train.tokens,
         context=_context(config.data, facts),

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from chatsae.config import TrainConfig
+from chatsae.config import BufferConfig, RunConfig, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,17 @@ def steps_of(config: TrainConfig) -> Steps:
         lr_decay=round(config.lr_decay_share * total),
         sparsity_warmup=round(config.sparsity_warmup_share * total),
     )
+
+
+def buffer_capacity(config: RunConfig) -> int:
+    """Activations that the mixing buffer of a training holds, which fills it before the first step.
+
+    At the default of buffer.capacity no more than a quarter of what the training takes; at another value no more than
+    all of it; always two batches.
+    """
+    asked, taken = config.buffer.capacity, steps_of(config.train).total * config.train.batch_size
+    most = taken // 4 if asked == BufferConfig().capacity else taken
+    return min(asked, max(most, 2 * config.train.batch_size))
 
 
 def lr_at(step: int, *, total_steps: int, lr: float, lr_end: float, warmup_steps: int, decay_steps: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 
 from chatsae import console
-from chatsae.config import RunConfig, SAESpec, Way, check_run, sae_specs
+from chatsae.config import BufferConfig, RunConfig, SAESpec, Way, check_run, sae_specs
 from chatsae.data.store.manifest import changes, manifest_digest
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
@@ -19,12 +19,13 @@ from chatsae.files import read_object, with_checksum, write_json
 from chatsae.lm.forward import check_block
 from chatsae.lm.load import LanguageModel, load_model
 from chatsae.run_model import remember_model
-from chatsae.runs import Run
+from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid, check_fits
 from chatsae.training.calibrate import duration, predict_run
 from chatsae.training.loop import Summary, make_states, train_states
 from chatsae.training.overlap import overlaps, shared_threads
 from chatsae.training.pipeline import activations, data_facts, harvest_facts
+from chatsae.training.schedule import buffer_capacity
 
 
 def train_run(config: RunConfig, out: Path) -> Summary:
@@ -58,7 +59,8 @@ def train_run(config: RunConfig, out: Path) -> Summary:
             console.say(f"resuming at step {checkpoint.step:,}, past the data that was trained on")
         done = 0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"]
         counted = None if checkpoint is None else checkpoint.facts.get("dropped")
-        acts = activations(config, lm, skip=done, counted=counted, facts=facts, how=how, tally=tally)
+        held = _capacity(config, checkpoint)
+        acts = activations(config, lm, skip=done, capacity=held, counted=counted, facts=facts, how=how, tally=tally)
         stack.callback(acts.close)
         saes = build_grid(specs, seed=config.train.seed)
         for sae in saes.values():
@@ -93,6 +95,16 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         write_json(run.path / "summary.json", asdict(summary) | about)
         run.clear_checkpoints()
         return summary
+
+
+def _capacity(config: RunConfig, checkpoint: Checkpoint | None) -> int:
+    """Of the buffer: that of the checkpoint, whichever rule it was made by."""
+    if checkpoint is not None and "buffer/ring" in checkpoint.tensors:
+        return checkpoint.tensors["buffer/ring"].shape[1]
+    held, asked = buffer_capacity(config), config.buffer.capacity
+    if held < asked != BufferConfig().capacity:
+        console.say(f"buffer.capacity: {held:,} in place of {asked:,}; the training takes no more activations")
+    return held
 
 
 def _remembered(
