@@ -9,6 +9,7 @@ import torch
 from chatsae.config import RunConfig, TrainConfig
 from chatsae.errors import UserError
 from chatsae.runs import Checkpoint, Run
+from serve_process import small_run
 
 CONFIG = RunConfig(train=TrainConfig(tokens=1280))
 
@@ -180,3 +181,12 @@ def test_a_damaged_line_of_metrics_is_named(tmp_path, line):
     with pytest.raises(UserError, match=r"metrics.jsonl, line 2 is damaged"):
         run.metrics()
     run.close()
+
+
+def test_a_run_of_which_an_sae_is_gone_says_so(tmp_path, capsys):
+    run = Run.read(small_run(tmp_path / "run"))
+    assert [path.name for path in run.sae_directories()] == ["L3-2x-standard", "L3-2x-jumprelu"]
+    assert capsys.readouterr().err == ""
+    (run.path / "saes" / "L3-2x-standard" / "cfg.json").unlink()
+    assert [path.name for path in run.sae_directories()] == ["L3-2x-jumprelu"]
+    assert "is not whole: no cfg.json of L3-2x-standard" in capsys.readouterr().err

@@ -106,8 +106,9 @@ def one_split(
         UserError: a source holds nothing usable, or nothing of the split is in any of them.
     """
     readings = [Reading(tally=tally) for _ in stream.sources]
-    for source in stream.sources if tally is not None else ():
-        tally.update(source.skipped)
+    if tally is not None:
+        for source in stream.sources:
+            tally.update(source.skipped)
     empty = True
     for sample in samples(stream, kind, readings):
         if sample.split == split:
