@@ -254,7 +254,7 @@ def test_what_is_not_installed_is_named_with_its_remedy(recorded, monkeypatch, c
 
 def test_mistakes_are_one_line(capsys, tmp_path):
     assert cli.main(["bench", "dedup", "--size", "-1"]) == 2
-    assert "size: expected a number of samples, or 0 for 20,000, got -1" in capsys.readouterr().err
+    assert "--size must be at least 0, not -1" in capsys.readouterr().err
     assert cli.main(["bench", "dedup", "--source", "pydoc"]) == 2
     assert "perhaps you meant pydocs" in capsys.readouterr().err
     (tmp_path / "base.jsonl").write_text("", encoding="utf-8")

@@ -127,10 +127,10 @@ def test_what_is_measured_by_default_and_with_flags():
         (["--l0", "many"], "l0: expected numbers of active features or dense, got 'many'"),
         (["--l0", "0"], "l0: expected numbers of active features or dense, got '0'"),
         (["--d-in", "4", "--l0", "17"], "l0: expected at most half of the features of an SAE, got 17"),
-        (["--d-in", "0"], "d_in: expected whole numbers of at least 1, got 0"),
-        (["--batch-sizes", "-1"], "batch_sizes: expected whole numbers of at least 1, got -1"),
+        (["--d-in", "0"], "--d-in must be at least 1, not 0"),
+        (["--batch-sizes", "-1"], "--batch-sizes must be at least 1, not -1"),
         (["--architectures", "topk"], "architectures: expected standard or jumprelu, got 'topk'"),
-        (["--rounds", "-1"], "rounds: expected a number of rounds, or 0 for the default, got -1"),
+        (["--rounds", "-1"], "--rounds must be at least 0, not -1"),
         (["--peer", "no/python"], "peer: no/python is no file; a Python interpreter that has one of the peers"),
         (
             ["--peer", sys.executable],

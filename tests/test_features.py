@@ -340,7 +340,7 @@ def test_a_text_is_read_as_a_turn_or_as_it_is(run, capsys):
         (["--token", "Zed"], "'Zed' is 3 tokens of this model, not one: 'Z' 'e' 'd'"),
         (["--token", "~"], "is in none of the"),
         (["--like", "128"], "features 0..127; 128 is not one"),
-        (["--only", "-1"], "features 0..127; -1 is not one"),
+        (["--only", "-1"], "--only must be at least 0, not -1"),
         (["--dialogues", "0"], "at least 1"),
         (["--rows", "0"], "at least 1"),
         (["--token", "e", "--like", "2"], "one at a time"),

@@ -33,6 +33,8 @@ def find_recipe(path: Path | str) -> Path:
         for file in sorted(folder.rglob("*.yaml")):
             names.setdefault(file.relative_to(folder).with_suffix("").as_posix(), file)
     wanted = Path(path).as_posix().removeprefix("recipes/").removesuffix(".yaml")
+    if wanted not in names and Path(path).exists():
+        return Path(path)  # a directory, which whoever reads it refuses by name
     if wanted not in names:
         raise UserError(f"recipe {path} does not exist; recipes that come with chatsae: {', '.join(names)}")
     return names[wanted]
