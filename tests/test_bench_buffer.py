@@ -101,7 +101,7 @@ def test_the_obvious_buffer_holds_every_activation_once():
 
 def test_a_negative_size_is_one_line(capsys):
     assert run("buffer", "--size", "-3") == 2
-    assert "size: expected d_in of the activations" in capsys.readouterr().err
+    assert "--size must be at least 0, not -3" in capsys.readouterr().err
 
 
 def test_trainings_of_every_way_take_turns(monkeypatch, capsys, tmp_path):

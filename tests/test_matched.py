@@ -175,7 +175,7 @@ def test_the_command_prints_tables_and_json(tmp_path, capsys):
     assert main(["compare", *paths, "--json"]) == 0
     assert "matched" not in json.loads(capsys.readouterr().out)
     assert main(["compare", *paths, "--matched-l0", "0"]) == 2
-    assert "positive" in capsys.readouterr().err
+    assert "above 0" in capsys.readouterr().err
 
 
 def test_a_control_stands_beside_its_sae_and_is_no_point_of_a_curve(tmp_path):
