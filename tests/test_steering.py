@@ -336,7 +336,8 @@ def test_a_plain_forward_is_placed_by_its_mask(tiny: LanguageModel) -> None:
         ("layer: 1\nvector: [1]\nwhere: 3", "where must be a mapping"),
         ("layer: 1\nvector: [1]\nunit: rel_norm\nop: ablate", "ablate has no strength"),
         ("[]", "holds no entry"),
-        ("a: [", "is damaged"),
+        ("a: [", "is not valid YAML"),
+        ("feature: 1\nfeature: 2\nsae: one", "'feature' is there twice"),
     ],
 )
 def test_a_recipe_is_read_or_refused_with_its_reason(tmp_path: Path, text: str, message: str) -> None:

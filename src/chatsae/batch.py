@@ -7,12 +7,16 @@ Shape legend, used in every signature of the package:
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
-from typing import Literal, get_args
+from itertools import islice
+from typing import Literal, TypeVar, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
+from chatsae.errors import UserError
+
+Item = TypeVar("Item")
 Split = Literal["train", "eval", "interpret", "steer"]
 """What a dialogue is for: training, or held out for evaluation, interpretation or steering."""
 
@@ -129,6 +133,17 @@ class TokenBatch:
         """Right-padded token ids, for back ends that want a rectangle."""
         rows = list(torch.split(self.input_ids, self.lengths.tolist()))
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_id)
+
+
+def head(items: Iterable[Item], limit: int | None) -> Iterator[Item]:
+    """The first `limit` items, all without a limit.
+
+    Raises:
+        UserError: the limit is negative.
+    """
+    if limit is not None and limit < 0:
+        raise UserError(f"limit must be at least 0, not {limit}")
+    return islice(items, limit)
 
 
 def first(stream: Iterable[TokenBatch], limit: int | None) -> Iterator[TokenBatch]:

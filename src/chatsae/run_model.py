@@ -5,7 +5,7 @@ from typing import Any
 
 from chatsae.config import ModelConfig
 from chatsae.errors import UserError
-from chatsae.files import read_object, with_checksum, write_json
+from chatsae.files import damaged, read_object, with_checksum, write_json
 from chatsae.lm.checkpoint import locate
 from chatsae.lm.identity import model_identity
 from chatsae.runs import Run
@@ -43,6 +43,8 @@ def trained_model(run: Run) -> ModelConfig:
 def _same(run: Run, otherwise: str) -> ModelConfig:
     path, model = run.path / FILE, run.config.model
     before = read_object(path, "delete it to use the model that is there")
+    if not isinstance(before.get("files", {}), dict) or not isinstance(before.get("commit"), str | None):
+        raise damaged(path, "'files' is no object, or 'commit' no string", "delete it to use the model that is there")
     commit = before.get("commit")
     source = locate(model.name, commit or model.revision, model.trust_remote_code)
     changed = _changes(before, model_identity(source))

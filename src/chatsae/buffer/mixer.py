@@ -206,6 +206,8 @@ class Mixer(Iterator[Float[Tensor, "L B D"]]):
         batch = next(self._upstream, None)
         if batch is None:
             return None
+        if not isinstance(batch, ActivationBatch):
+            raise UserError(f"the buffer takes batches that are an ActivationBatch, got a {type(batch).__name__}")
         self._n_upstream += 1
         if self._ring is None:
             self._ring = allocate(batch.acts, self._capacity, self._place)

@@ -10,10 +10,12 @@ from jaxtyping import Bool, UInt64
 
 from chatsae import console
 from chatsae.batch import Dialogue
+from chatsae.config import Role
 from chatsae.data.bitmaps import Suspects
 from chatsae.data.hashing import Hashes, ngram_hashes, pick_engine
 from chatsae.data.hashset import HashSet, MemoryFullError, hash_set
 from chatsae.errors import UserError
+from chatsae.typed import convert
 
 __all__ = ["Greedy", "MemoryFullError", "dedup", "dedup_reference", "ngrams"]
 
@@ -59,11 +61,13 @@ def dedup(
     batch: 32 dialogues at first, 1,024 at most.
 
     Raises:
-        UserError: ngram is negative; or memory_gb is used up, and `dialogues` is an iterator, which cannot be read
-            twice, or even what occurs twice does not fit.
+        UserError: ngram is negative, a role is unknown; or memory_gb is used up, and `dialogues` is an iterator, which
+            cannot be read twice, or even what occurs twice does not fit.
     """
     if ngram < 0:
         raise UserError(f"data.ngram: expected 0 (off) or a number of words, got {ngram}")
+    for role in roles:
+        convert(role, Role, "data.ngram_roles")
     if ngram == 0:
         return iter(dialogues)
     stream = iter(dialogues)

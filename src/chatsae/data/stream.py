@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from chatsae.data.readers import Row
 from chatsae.data.sources import Source
+from chatsae.typed import convert
 
 Order = Literal["mixed", "listed"]
 _OPEN = 8  # parts of a source that are read side by side
@@ -27,6 +28,7 @@ class RowStream(Iterator[Found]):
     """
 
     def __init__(self, sources: Sequence[Source], *, order: Order, seed: int, state: dict[str, Any] | None = None):
+        convert(order, Order, "data.order")
         self.sources = tuple(sources)
         self._random = random.Random(f"rows/{seed}")
         self._lanes = [_Lane(source, order, f"{seed}/{index}") for index, source in enumerate(self.sources)]

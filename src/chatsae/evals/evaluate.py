@@ -4,7 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chatsae import console
-from chatsae.batch import Dialogue, Role, TokenBatch, first
+from chatsae.batch import Dialogue, Role, TokenBatch, first, head
 from chatsae.data.render import render
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
@@ -53,7 +53,7 @@ def evaluate(
     Raises:
         UserError: there is no dialogue to evaluate on, the model cannot take one, or an SAE is not of this model.
     """
-    tokens = render(islice(dialogues, limit), lm.tokenizer, method="fast", max_length=max_length, tally=tally)
+    tokens = render(head(dialogues, limit), lm.tokenizer, method="fast", max_length=max_length, tally=tally)
     return evaluate_tokens(
         saes,
         lm,

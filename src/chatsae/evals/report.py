@@ -16,7 +16,7 @@ from chatsae.evals.figures import COLUMNS as SUMS
 from chatsae.evals.figures import Table, ratios
 from chatsae.evals.paper import SOURCE, differences_from_paper, paper_model, paper_row
 from chatsae.evals.schema import VERSION
-from chatsae.files import read_object, whole, write_json
+from chatsae.files import damaged, read_object, whole, write_json
 from chatsae.runs import Run
 from chatsae.statistics import Paired, paired
 
@@ -151,6 +151,8 @@ class Report:
         rows, facts, version = data["saes"], data["facts"], data.get("schema", 0)
         if version not in range(VERSION + 1):
             raise UserError(f"{path}: schema is {version!r}; this chatsae reads up to {VERSION}; {anew} anew")
+        if any(not isinstance(row, dict) for row in rows.values()):
+            raise damaged(path, "an object was expected for each SAE", f"{anew} anew")
         sums = path.with_suffix(".parquet")
         dialogues = DialogueSums.load(sums) if sums.exists() else None
         return cls(rows=rows, facts=facts, dialogues=dialogues, version=version)
@@ -217,8 +219,10 @@ def load_reports(runs: Sequence[Run]) -> list[tuple[Run, Report]]:
     """The reports of several runs.
 
     Raises:
-        UserError: a run has no report, or the reports were measured on different dialogues.
+        UserError: there is no run, a run has no report, or the reports were measured on different dialogues.
     """
+    if not runs:
+        raise UserError("there is no run to compare")
     reports = [(run, Report.load(run.path / "report.json")) for run in runs]
     facts = reports[0][1].facts
     for run, report in reports[1:]:

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from chatsae.batch import Dialogue, TokenBatch
+from chatsae.batch import Dialogue, TokenBatch, head
 from chatsae.data.render import render
 from chatsae.errors import UserError
 from chatsae.features.best import scores
@@ -51,7 +50,7 @@ def contexts(
         UserError: there is no dialogue, the model cannot take one, an SAE is not of this model, or a feature that was
             asked for does not exist.
     """
-    tokens = gather(render(islice(dialogues, limit), lm.tokenizer, max_length=max_length, tally=tally), limit)
+    tokens = gather(render(head(dialogues, limit), lm.tokenizer, max_length=max_length, tally=tally), limit)
     return build(saes, lm, tokens, options or Options(), reading=Reading.of(lm, token_budget), tally=tally)
 
 

@@ -1,6 +1,7 @@
 """GGUF files as models: dequantised once into a cache, so that all else reads a checkpoint of safetensors."""
 
 import os
+import struct
 import subprocess
 import sys
 import tempfile
@@ -130,7 +131,7 @@ def _dequantise(file: Path, digest: str, out: Path) -> None:
         with quiet():
             model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **kwargs)
             tokenizer: Any = transformers.AutoTokenizer.from_pretrained(file.parent, **kwargs)
-    except (*LOAD_ERRORS, IndexError) as error:
+    except (*LOAD_ERRORS, struct.error) as error:
         raise UserError(
             f"{file}: damaged, or of an architecture that transformers cannot read: {one_line(error)}"
         ) from None

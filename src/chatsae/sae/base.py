@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from chatsae.config import SAESpec
+from chatsae.errors import UserError
 from chatsae.sae import interop
 
 
@@ -156,9 +157,14 @@ class SAE(nn.Module):
 
         Raises:
             UserError: files are missing or damaged, or hold what would be read wrongly; names the file and the field.
+                Or the device is not there.
         """
         spec, tensors, metadata = interop.read(directory)
-        sae = SAE.create(spec, dtype=tensors["W_enc"].dtype, device=device)
+        try:
+            sae = SAE.create(spec, dtype=tensors["W_enc"].dtype, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's, of a device that is not there
+            reason = str(error).partition("\n")[0]
+            raise UserError(f"SAE {directory} cannot be put on device {device}: {reason}") from None
         sae.load_file_tensors_(tensors)
         sae.metadata = metadata
         return sae

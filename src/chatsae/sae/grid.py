@@ -1,15 +1,17 @@
 """The SAEs of a grid, by name."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
 from chatsae.config import SAEConfig, SAESpec, sae_specs
+from chatsae.errors import UserError
 from chatsae.files import check_memory
 from chatsae.sae.base import SAE
 from chatsae.sae.init import init_sae
-from chatsae.typed import Seed, convert
+from chatsae.typed import Seed, convert, near
 
 _COPIES = 4  # of every weight in training: the weight, its gradient and two moments of Adam, in float32
 
@@ -28,10 +30,17 @@ def grid(lm: _HasResidualStream, *, seed: int = 42, **fields: Any) -> dict[str, 
     """Fresh SAEs for every layer that `lm` reads, on its device; `fields` are those of `SAEConfig`.
 
     Raises:
-        UserError: a field or the seed cannot be, fields contradict each other (see `chatsae.config.check_sae`), or the
-            memory of this machine cannot hold the SAEs.
+        UserError: a field is unknown, it or the seed cannot be, `lm` reads no layer, fields contradict each other (see
+            `chatsae.config.check_sae`), or the memory of this machine cannot hold the SAEs.
     """
     seed = convert(seed, Seed, "seed")
+    if not lm.layers:
+        raise UserError("model.layers is empty; the language model must read at least one layer")
+    known = [each.name for each in dataclasses.fields(SAEConfig)]
+    if unknown := [name for name in fields if name not in known]:
+        guess = near(unknown[0], known)
+        hint = f"perhaps you meant {guess}" if guess else f"known: {', '.join(known)}"
+        raise UserError(f"grid: unknown field {unknown[0]}; {hint}")
     saes = build_grid(sae_specs(SAEConfig(**fields), layers=lm.layers, d_in=lm.d_in), seed)
     return {name: sae.to(lm.device) for name, sae in saes.items()}
 

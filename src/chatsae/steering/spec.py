@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from jaxtyping import Float
 from torch import Tensor
 
 from chatsae.batch import Kind, Role
 from chatsae.errors import UserError
-from chatsae.files import parse_json
+from chatsae.files import read_json
+from chatsae.recipe import load_yaml
 from chatsae.sae.base import SAE
 from chatsae.steering.ops import OPS, Op
 
@@ -144,13 +144,7 @@ def load_specs(path: Path | str) -> tuple[SteerSpec, ...]:
         UserError: names the file and the field.
     """
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-        data: Any = parse_json(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"steering recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"steering recipe {path} is damaged: {' '.join(str(error).split())}") from None
+    data: Any = read_json(path) if path.suffix == ".json" else load_yaml(path, "steering recipe")
     if isinstance(data, dict) and set(data) == {"steering"}:
         data = data["steering"]
     entries: list[Any] = data if isinstance(data, list) else [data]

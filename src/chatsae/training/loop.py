@@ -258,8 +258,12 @@ def _start(
     acts.on_fill = lambda n: None
     if sample.shape[0] != len(layers):
         raise UserError(f"the activations hold {sample.shape[0]} layers, the SAEs want {len(layers)}: {layers}")
-    for state in states.values():
+    for name, state in states.items():
         sae = state.sae
+        if sae.spec.layer not in layers:
+            raise UserError(f"{name} is of layer {sae.spec.layer}, the activations are of {tuple(layers)}")
+        if sae.spec.d_in != sample.shape[-1]:
+            raise UserError(f"{name}: d_in is {sae.spec.d_in}, the activations have {sample.shape[-1]}")
         if sae.fresh and not bool(sae.b_dec.any()):
             set_b_dec_(sae, sample[layers.index(sae.spec.layer)].to(sae.W_enc))
         elif not sae.fresh:

@@ -13,7 +13,7 @@ import torch
 from chatsae import console
 from chatsae.config import BufferConfig, RunConfig, SAESpec, Way, check_run, sae_specs
 from chatsae.data.store.manifest import changes, manifest_digest
-from chatsae.data.template import template_facts
+from chatsae.data.template import chat_template, template_facts
 from chatsae.errors import UserError
 from chatsae.files import read_object, with_checksum, write_json
 from chatsae.lm.forward import check_block
@@ -47,6 +47,8 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         lm = load_model(remember_model(run, resumes=resumes))
         if config.data.method != "fast":
             check_block(lm, config.data.block_size)
+        if config.data.method != "bt-p" and not config.data.prepared:
+            chat_template(lm.tokenizer)  # raises early, before anything is measured
         specs = sae_specs(config.sae, layers=lm.layers, d_in=lm.d_in)
         check_fits(specs)
         tally: Counter[str] = Counter()
