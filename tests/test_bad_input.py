@@ -43,7 +43,8 @@ def test_every_verb_has_a_row(tmp_path, shared):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_bad_input(row: Row, tmp_path, shared, capsys):
+def test_bad_input(row: Row, tmp_path, shared, capsys, monkeypatch):
+    monkeypatch.setenv("CHATSAE_CACHE", str(tmp_path / "cache"))
     place = Place(tmp_path, shared)
     made = row.make(place)
     capsys.readouterr()

@@ -1,4 +1,6 @@
 import io
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -75,3 +77,28 @@ def test_people_read_stderr_and_programs_stdout(capsys):
 def test_results_are_not_wrapped_or_coloured(value, capsys):
     console.result(value)
     assert "\x1b" not in capsys.readouterr().out
+
+
+SHELL = {
+    "a reader that has gone": "{python} -m chatsae.cli --help | head -1 >{out}",
+    "a full disk": "{python} -m chatsae.cli --version >/dev/full",
+    "a terminal of ASCII": "PYTHONIOENCODING=ascii {python} -m chatsae.cli show {run}/é",
+    "an escape in a path": "{python} -m chatsae.cli show \"{run}/$(printf '\\033[31mred')\"",
+}
+
+
+@pytest.mark.parametrize("case", SHELL)
+def test_a_process_ends_without_a_traceback(case, tmp_path):
+    script = SHELL[case].format(python=sys.executable, run=tmp_path / "run", out=tmp_path / "out")
+    done = subprocess.run(["bash", "-c", script], capture_output=True, encoding="utf-8", check=False)
+    assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert "\x1b" not in done.stderr
+    if case == "a reader that has gone":
+        assert done.stderr == ""
+        assert (tmp_path / "out").read_text()
+    else:
+        assert done.returncode == 2
+        assert len(done.stderr.splitlines()) == 1
+        assert done.stderr.startswith("error: ")
+        assert done.stderr.isascii()
