@@ -41,3 +41,21 @@ def browser() -> Iterator:
 
     with started() as chromium:
         yield chromium
+
+
+_SLOW = {
+    *("audit_model", "bad_input", "bench", "buffer", "dedup", "demo", "docs", "evals_pass", "export"),
+    *("features", "hashing", "judge", "judge_controls", "judge_tasks", "lm_packed", "lm_stacks", "models_table"),
+    *("page_browser", "page_kinds", "page_tables", "patterns", "plan", "prepare", "pydocs", "render"),
+    *("sae_pairs", "sae_step_numba", "sae_step_triton", "serve", "serve_clients", "spark", "steering"),
+    *("steering_export", "steering_strength", "steering_sweep", "synthetic", "tiny_chat", "training"),
+    *("training_gsnr", "training_prepared"),
+}
+"""Test files that `make test-quick` leaves out: three quarters of the time of all, by --durations."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow files."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in _SLOW:
+            item.add_marker("slow")

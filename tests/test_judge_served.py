@@ -71,7 +71,7 @@ def test_a_real_server_is_asked_once_and_answers_as_the_model_does(url, tmp_path
         cache.close()
     local = LocalHF(demo_model_path())
     assert answer.text == local.complete(request).text
-    assert answer.prompt_tokens == local._ids([dict(m) for m in messages]).shape[1]
+    assert answer.prompt_tokens == local._lm.prompt_ids(list(messages)).shape[1]
     assert 0 < answer.completion_tokens <= 24
     assert all(v.score in (1, 2, 3, 4, 5) or v.reason.startswith("unreadable") for v in found)  # whatever it can say
     replay = Replay(tmp_path / "cache.sqlite")
