@@ -386,7 +386,7 @@ def test_a_recipe_is_exported(run: Path, tmp_path: Path, capsys: Any) -> None:
         (["bias", "--feature", "3", "--alpha", "3", "--model-id", "a"], "--model-id: bias has none"),
         (["neuronpedia-vector", "--feature", "3", "--alpha", "3", "--model-id", "A B"], "lower-case"),
         (["gguf", "--feature", "3", "--recipe", "x.yaml"], "--feature: a recipe says that itself"),
-        (["gguf", "--recipe", "missing.yaml"], "missing.yaml cannot be read"),
+        (["gguf", "--recipe", "missing.yaml"], "steering recipe missing.yaml does not exist"),
         (["delphi", "--feature", "0"], "--feature: only gguf, repeng, neuronpedia-vector, bias take it"),
         (["neuronpedia", "--alpha", "0"], "--alpha: only gguf"),
     ],
