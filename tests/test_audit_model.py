@@ -162,15 +162,17 @@ def test_ablating_the_planted_feature_ends_the_behaviour_and_random_features_do_
 ) -> None:
     lm, sae = obeying
     controls = like_density([PLANTED], densities(lm, {"a": sae}, dialogues)["a"], 19, seed=0)
-    steps: list[None] = []
-    found = ablate(bench, sae, [PLANTED], controls, lambda: steps.append(None))
+    steps: list[float] = []
+    bench.advance = steps.append
+    found = ablate(bench, sae, [PLANTED], controls)
     assert (found.before.hits, found.after.hits, found.before.n) == (20, 0, 20)
     assert [one.hits for one in found.controls] == [20] * 19
     assert found.rank_p == 1 / 20
     assert found.p_value == 2 / 2**20
     assert found.acts
-    assert len(steps) == 20
-    random = ablate(bench, sae, controls[0], controls[1:4], lambda: None)
+    assert sum(steps) == pytest.approx(20)  # its own answers and those of 19 controls
+    assert len(steps) > 20
+    random = ablate(bench, sae, controls[0], controls[1:4])
     assert random.after.hits == 20
     assert random.p_value == 1
     assert not random.acts
@@ -184,7 +186,7 @@ def test_clamping_it_brings_the_behaviour_and_the_same_push_along_others_does_no
     n = len(prompts.tokens)
     ends = tuple(read_ends(lm, side[:20], n)[0] for side in (prompts.positive, prompts.negative))
     controls = like_density([PLANTED], densities(lm, {"a": sae}, dialogues)["a"], 5, seed=0)
-    found = clamp(bench, sae, [PLANTED], controls, (ends[0], ends[1]), lambda: None)
+    found = clamp(bench, sae, [PLANTED], controls, (ends[0], ends[1]))
     assert (found.before.hits, found.after.hits) == (0, 20)
     assert max(one.hits for one in found.controls) <= 2  # any answer begins with Y by chance
     assert found.rank_p == 1 / 6
@@ -201,7 +203,7 @@ def test_a_change_that_breaks_the_model_does_not_count(
     strict = Bench(
         lm, prompts.positive[20:24], prompts.negative[20:24], guard, prefixes=(ANSWER,), max_perplexity_ratio=0.5
     )
-    found = ablate(strict, sae, [PLANTED], [], lambda: None)
+    found = ablate(strict, sae, [PLANTED], [])
     specs = ablation(sae, [PLANTED])
     assert found.perplexity_ratio == pytest.approx(np.exp(Calibration(lm, rows).effect(specs).log_ratio))
     assert found.perplexity_ratio > 0.5

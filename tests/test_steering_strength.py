@@ -2,12 +2,15 @@
 
 import json
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
+from chatsae import console
 from chatsae.batch import Role, TokenBatch
 from chatsae.cli import main
 from chatsae.config import RunConfig, SAEConfig, SAESpec, sae_specs
@@ -188,7 +191,23 @@ def test_features_of_special_tokens_are_those_counted_one_by_one(
         token_features(lm, {"one": other}, [some])
 
 
-def test_the_verbs_print_and_write_what_they_find(tmp_path: Path, sae: SAE, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, list[float]]]:
+    """What progress bars are told: by task the total, and each advance."""
+    told: dict[str, tuple[float, list[float]]] = {}
+
+    @contextmanager
+    def progress(task: str, total: int) -> Iterator[Callable[..., None]]:
+        told[task] = (total, [])
+        yield lambda n=1, note="": told[task][1].append(n)
+
+    monkeypatch.setattr(console, "progress", progress)
+    return told
+
+
+def test_the_verbs_print_and_write_what_they_find(
+    tmp_path: Path, sae: SAE, capsys: pytest.CaptureFixture[str], bars: dict[str, tuple[float, list[float]]]
+) -> None:
     config = RunConfig(sae=SAEConfig(architectures=("standard",), expansion_factors=(1,)))
     Run.open(tmp_path, config).close()
     (named,) = sae_specs(config.sae, layers=(LAYER,), d_in=sae.spec.d_in)
@@ -204,7 +223,12 @@ def test_the_verbs_print_and_write_what_they_find(tmp_path: Path, sae: SAE, caps
     assert still["steered"] == still["base"] == moved["base"]
     assert moved["token_ids"] != still["token_ids"]
     assert found["hook_calls"] == found["forwards"]
+    steps = ["read held-out dialogues", "measure the layer", "unsteered answers", "effect on held-out answers"]
+    assert list(bars) == [*steps, "answers"]
+    assert len(bars["answers"][1]) == 6  # every token of the answers, not every answer
     assert main(["tokens", str(tmp_path), *few]) == 0
+    assert all(sum(advances) == pytest.approx(total) for total, advances in bars.values())
+    assert bars["special tokens"][0] == 24
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "special_tokens.json").read_text())
     assert {row["token"] for row in found["saes"][named.name]} == {"<|im_start|>", "<|im_end|>", "user", "assistant"}

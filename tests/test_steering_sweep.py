@@ -216,11 +216,11 @@ def test_what_was_answered_is_kept_whatever_happens(
     with_ = {"feature": RARE, "seed": 0}
     path = tmp_path / "sweep.json"
 
-    def tired(self: Experiment, part: Any, *, test: bool = False) -> list[dict[str, Any]]:
+    def tired(self: Experiment, part: Any, **how: Any) -> list[dict[str, Any]]:
         tired.batches += 1
         if tired.batches == 3:
             raise KeyboardInterrupt
-        return answer(self, part, test=test)
+        return answer(self, part, **how)
 
     answer, tired.batches = Experiment.answer, 0
     monkeypatch.setattr(Experiment, "answer", tired)

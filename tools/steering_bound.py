@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 from chatsae import console
-from chatsae.batch import TokenBatch
 from chatsae.lm.load import load_model
 from chatsae.runs import Run
 from chatsae.sae.base import SAE
@@ -35,7 +34,7 @@ def main() -> int:
     there = {path.name: path for path in run.sae_directories()}
     sae = SAE.load(there[asked.sae or next(iter(there))])
     lm = load_model(run.config.model, head=True)
-    tokens = TokenBatch.concat(list(steer_split(run.config, lm, 1010)))
+    tokens = steer_split(run.config, lm, 1010)
     chosen, rest = spread_rows(rows_of_dialogues(tokens, lm.max_positions))
     scale = measure_scale(lm, tokens.select(range(min(64, len(tokens)))), sae.spec.layer, sae)
     assert scale.max_acts is not None

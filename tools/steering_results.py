@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from chatsae import console
-from chatsae.batch import TokenBatch
 from chatsae.errors import UserError
 from chatsae.files import write_text
 from chatsae.lm.load import load_model
@@ -64,7 +63,7 @@ def special_tokens(runs: Mapping[str, Run]) -> Found:
     saes = {(m, path.name): SAE.load(path) for m, run in runs.items() for path in run.sae_directories()}
     config = runs[METHODS[0]].config
     lm = load_model(config.model)
-    tokens = TokenBatch.concat(list(steer_split(config, lm, DIALOGUES)))
+    tokens = steer_split(config, lm, DIALOGUES)
     by_text = {"\n".join(key): sae.to(lm.device) for key, sae in saes.items()}
     found = token_features(lm, by_text, [tokens])
     rows = {key: [row for row in found["\n".join(key)] if row.place in ("id", "template")] for key in saes}

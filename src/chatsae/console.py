@@ -8,16 +8,18 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import rich.table
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from chatsae.errors import UserError
+
+T = TypeVar("T")
 
 _people = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _results = Console(highlight=False, soft_wrap=True, emoji=False)
@@ -115,7 +117,7 @@ def _discard_stdout() -> None:
 
 @contextmanager
 def progress(task: str, total: int | None) -> Iterator[Callable[..., None]]:
-    """A progress bar with elapsed and remaining time; yields `advance(n, note="")`.
+    """A progress bar with elapsed and remaining time; yields `advance(n, note="")`, where n may be a fraction.
 
     Without a terminal a line is printed every 15 seconds instead.
     """
@@ -137,7 +139,7 @@ def progress(task: str, total: int | None) -> Iterator[Callable[..., None]]:
     with Progress(*columns, console=_people, refresh_per_second=4, expand=True) as bar:
         bar_id = bar.add_task(task, total=total, note="")
 
-        def advance(n: int = 1, note: str | None = None) -> None:
+        def advance(n: float = 1, note: str | None = None) -> None:
             bar.update(bar_id, advance=n)
             if note is not None:
                 bar.update(bar_id, note=visible(note))
@@ -148,21 +150,29 @@ def progress(task: str, total: int | None) -> Iterator[Callable[..., None]]:
 @contextmanager
 def _progress_lines(task: str, total: int | None) -> Iterator[Callable[..., None]]:
     start = last = time.monotonic()
-    done, text = 0, ""
+    done, text = 0.0, ""
 
-    def advance(n: int = 1, note: str | None = None) -> None:
+    def advance(n: float = 1, note: str | None = None) -> None:
         nonlocal done, last, text
         done, now = done + n, time.monotonic()
         text = text if note is None else note
         if now - last >= _LOG_SECONDS:
             last = now
             left = "" if not total or not done else f", ETA {(now - start) * max(total - done, 0) / done:.0f} s"
-            share = f"{100 * done / total:.0f}%" if total else str(done)
+            share = f"{100 * done / total:.0f}%" if total else f"{done:,.0f}"
             say(f"{task}: {share} after {now - start:.0f} s{left}  {text}".rstrip())
 
     yield advance
     if time.monotonic() - start >= _LOG_SECONDS:
         say(f"{task}: done in {time.monotonic() - start:.0f} s")
+
+
+def tracked(task: str, total: int | None, items: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:
+    """The same items under a progress bar that each advances by its size."""
+    with progress(task, total) as advance:
+        for item in items:
+            yield item
+            advance(size(item))
 
 
 @contextmanager

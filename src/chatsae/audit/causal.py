@@ -79,7 +79,7 @@ class Bench:
     """What every intervention is measured on: model, prompts of the half to report on, guard, and how to judge.
 
     Attributes: positive and negative (the prompts), plain (for each side, which unsteered answers show the behaviour,
-    and the answers).
+    and the answers), advance (told the share of a call of `answers` that each token is).
     """
 
     def __init__(
@@ -92,9 +92,11 @@ class Bench:
         prefixes: Sequence[str],
         max_new_tokens: int = 12,
         max_perplexity_ratio: float = 1.5,
+        advance: Callable[[float], object] = lambda _: None,
     ) -> None:
         self.lm, self.positive, self.negative = lm, positive, negative
         self.max_perplexity_ratio = max_perplexity_ratio
+        self.advance = advance
         self._guard, self.prefixes, self._max_new_tokens = guard, tuple(prefixes), max_new_tokens
         self.plain = {"ablate": self.answers(positive, ()), "clamp": self.answers(negative, ())}
 
@@ -103,7 +105,14 @@ class Bench:
         texts: list[str] = []
         for start in range(0, len(rows), _ROWS):
             part = rows[start : start + _ROWS]
-            found = generate(self.lm, part, [list(specs)] * len(part), max_new_tokens=self._max_new_tokens, test=False)
+            found = generate(
+                self.lm,
+                part,
+                [list(specs)] * len(part),
+                max_new_tokens=self._max_new_tokens,
+                test=False,
+                advance=lambda n: self.advance(n / len(rows)),
+            )
             texts += [one.text for one in found.completions]
         return [shows(text, self.prefixes) for text in texts], texts
 
@@ -162,12 +171,10 @@ def clamping(sae: SAE, features: Sequence[int], floors: Float[np.ndarray, "P K"]
     ]
 
 
-def ablate(
-    bench: Bench, sae: SAE, features: Sequence[int], controls: Sequence[Sequence[int]], advance: Callable[[], None]
-) -> Intervention:
+def ablate(bench: Bench, sae: SAE, features: Sequence[int], controls: Sequence[Sequence[int]]) -> Intervention:
     """The behaviour on positive prompts with the features removed."""
     draws = [ablation(sae, draw) for draw in controls]
-    return _measured(bench, "ablate", features, bench.positive, ablation(sae, features), draws, advance)
+    return _measured(bench, "ablate", features, bench.positive, ablation(sae, features), draws)
 
 
 def clamp(
@@ -176,7 +183,6 @@ def clamp(
     features: Sequence[int],
     controls: Sequence[Sequence[int]],
     ends: tuple[Float[Tensor, "S P D"], Float[Tensor, "S P D"]],
-    advance: Callable[[], None],
 ) -> Intervention:
     """The behaviour on negative prompts, each feature's projection pushed at each place to its mean on positive ones.
 
@@ -192,7 +198,7 @@ def clamp(
     pushes = above - means(ends[1], features)
     draws = [clamping(sae, draw, means(ends[1], draw) + pushes[:, : len(draw)]) for draw in controls]
     own = clamping(sae, features, above)
-    return _measured(bench, "clamp", features, bench.negative, own, draws, advance)
+    return _measured(bench, "clamp", features, bench.negative, own, draws)
 
 
 def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> float:
@@ -211,19 +217,16 @@ def _measured(
     rows: Sequence[Row],
     own: Sequence[SteerSpec],
     draws: Sequence[Sequence[SteerSpec]],
-    advance: Callable[[], None],
 ) -> Intervention:
     before, plain = bench.plain[name]
     after, texts = bench.answers(rows, own)
     ratio = bench.perplexity_ratio(own)
-    advance()
     rates, ratios = [], []
     for specs in draws:
         hits, _ = bench.answers(rows, specs)
         rates.append(Rate(sum(hits), len(hits)))
         if len(ratios) < _GUARDED:
             ratios.append(bench.perplexity_ratio(specs))
-        advance()
     base, found = Rate(sum(before), len(before)), Rate(sum(after), len(after))
     far = abs(found.share - base.share)
     as_far = sum(abs(one.share - base.share) >= far for one in rates)

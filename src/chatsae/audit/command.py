@@ -108,11 +108,11 @@ def audit_run(path: Path, ask: Ask) -> tuple[dict[str, Any], str]:
     lm = load_model(trained_model(run), head=True)
     for sae in saes.values():
         sae.to(lm.device)
-    steps = 2 + 2 * len(found) + len(saes) * (1 + len(found) * (2 + 2 * (1 + ask.controls)))
+    tokens = steer_split(run.config, lm, ask.dialogues, tally)
+    guard = Calibration(lm, spread_rows(rows_of_dialogues(tokens, _GUARD_LENGTH), _GUARD_ROWS)[0])
+    steps = 2 + 3 * len(found) + len(saes) * (1 + len(found) * (2 + 2 * (1 + ask.controls)))
     with console.progress("audit", steps) as advance:
-        tokens = TokenBatch.concat(list(steer_split(run.config, lm, ask.dialogues, tally)))
         density = densities(lm, saes, tokens)
-        guard = Calibration(lm, spread_rows(rows_of_dialogues(tokens, _GUARD_LENGTH), _GUARD_ROWS)[0])
         advance()
         ready = [_read(lm, one, prefixes, guard, ask, tally, advance) for one in found]
         results = {
@@ -195,8 +195,8 @@ def _read(
         prefixes=prefixes or found.prefixes or REFUSAL_PREFIXES,
         max_new_tokens=ask.max_new_tokens,
         max_perplexity_ratio=ask.max_perplexity_ratio,
+        advance=advance,
     )
-    advance()
     return _Set(found, prompts, positive, negative, chosen, report, bench)
 
 
@@ -277,11 +277,11 @@ def _causal(
         skipped.append("no intervention: no chosen feature is more active on positive prompts")
     else:
         controls = like_density(features, density, ask.controls, ask.seed)
-        found.append(ablate(one.bench, sae, features, controls, advance))
+        found.append(ablate(one.bench, sae, features, controls))
         if shown["clamp"] == n:
             skipped.append(f"no clamping: all {n} answers to negative prompts begin as the set says already")
         else:
-            found.append(clamp(one.bench, sae, features, controls, ends, advance))
+            found.append(clamp(one.bench, sae, features, controls, ends))
         whole -= len(found) * (1 + len(controls))
     advance(whole)
     return {"features": features, "interventions": [intervention_facts(i) for i in found], "skipped": skipped}

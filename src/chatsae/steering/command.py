@@ -1,7 +1,7 @@
 """`chatsae steer` and `chatsae tokens`: a run's features at work, side by side, and those of its special tokens."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from chatsae.steering.generate import Completion, generate
 from chatsae.steering.guard import Guard
 from chatsae.steering.rows import Prompt, Row, prompt_of, rows_of_dialogues, spread_rows
 from chatsae.steering.spec import SteerSpec
-from chatsae.steering.strength import Calibration, Effect, Scale, auto_alpha, measure_scale
+from chatsae.steering.strength import FORWARDS, Calibration, Effect, Scale, auto_alpha, measure_scale
 from chatsae.steering.tokens import token_features, token_table
 
 PAPER = ("0", "15", "25", "50", "100", "150", "200")
@@ -44,15 +44,14 @@ class Ask:
     dialogues: int = 400
 
 
-def steer_split(
-    config: RunConfig, lm: LanguageModel, limit: int, tally: Counter[str] | None = None
-) -> Iterator[TokenBatch]:
+def steer_split(config: RunConfig, lm: LanguageModel, limit: int, tally: Counter[str] | None = None) -> TokenBatch:
     """The first dialogues that a run holds out for steering, rendered.
 
     Raises:
         UserError: they cannot be read.
     """
-    return split_tokens(config.data, lm.tokenizer, "steer", sources=config.eval.sources, limit=limit, tally=tally)
+    stream = split_tokens(config.data, lm.tokenizer, "steer", sources=config.eval.sources, limit=limit, tally=tally)
+    return TokenBatch.concat(list(stream))
 
 
 def steer_run(path: Path, ask: Ask) -> tuple[dict[str, Any], str]:
@@ -63,7 +62,7 @@ def steer_run(path: Path, ask: Ask) -> tuple[dict[str, Any], str]:
     """
     wanted = [alpha_of(text) for text in ask.alphas]
     ready = prepare(path, ask.sae, ask.feature, ask.dialogues)
-    strengths = [strength_facts(alpha, ready, ask.bound) for alpha in wanted]
+    strengths = strengths_facts(wanted, ready, ask.bound)
     prompts: list[Prompt] = list(ask.prompts) or [prompt_of(row) for row in ready.rows[:3]]
     answers = _answers(ready.lm, prompts, [ready.spec.at(s["alpha"]) for s in strengths], ask)
     facts = {"sae": ready.name, "feature": ask.feature, **ready.facts(), "strengths": strengths, **answers}
@@ -120,7 +119,7 @@ def prepare(path: Path, sae_name: str | None, feature: int, dialogues: int) -> P
     spec.direction()  # refuses a feature that does not exist before the model is loaded
     lm = load_model(trained_model(run), head=True)
     sae.to(lm.device)
-    tokens = TokenBatch.concat(list(steer_split(run.config, lm, dialogues)))
+    tokens = steer_split(run.config, lm, dialogues)
     rows = rows_of_dialogues(tokens, lm.max_positions)
     few = tokens.select(range(min(_SCALE_DIALOGUES, len(tokens))))
     scale = measure_scale(lm, few, sae.spec.layer, sae)
@@ -143,7 +142,7 @@ def tokens_run(
     for sae in chosen.values():
         sae.to(lm.device)
     tally: Counter[str] = Counter()
-    batch = TokenBatch.concat(list(steer_split(run.config, lm, dialogues, tally)))
+    batch = steer_split(run.config, lm, dialogues, tally)
     found = token_features(lm, chosen, [batch], top=top)
     for reason, n in tally.most_common():
         console.say(f"{n:,} × {reason}")
@@ -188,6 +187,14 @@ def alpha_of(text: str) -> float | None:
     return value
 
 
+def strengths_facts(wanted: Sequence[float | None], ready: Prepared, bound: float) -> list[dict[str, Any]]:
+    """`strength_facts` of several strengths, under one progress bar."""
+    calibration = ready.calibration
+    forwards = sum(FORWARDS - 1 if alpha is None else bool(alpha) for alpha in wanted)
+    with console.progress("effect on held-out answers", forwards * calibration.n_rows) as calibration.on_rows:
+        return [strength_facts(alpha, ready, bound) for alpha in wanted]
+
+
 def strength_facts(alpha: float | None, ready: Prepared, bound: float) -> dict[str, Any]:
     """One strength, None: auto, in all units, and what it does to the predictions of the calibration answers.
 
@@ -223,11 +230,11 @@ def _answers(lm: LanguageModel, prompts: Sequence[Prompt], specs: Sequence[Steer
                 max_new_tokens=ask.max_new_tokens,
                 guard=Guard() if ask.guard else None,
                 test=start == 0,
+                advance=advance,
             )
             done += found.completions
             counts["forwards"] += found.forwards
             counts["hook_calls"] += sum(found.hook_calls.values())
-            advance(len(part))
     base = {p: c for (p, s), c in zip(todo, done, strict=True) if s is None}
     examples = [
         {

@@ -1,7 +1,7 @@
 """Greedy generation of a batch of prompts, each with its own steering."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -61,8 +61,11 @@ def generate(
     use_cache: bool = True,
     guard: Guard | None = None,
     test: bool = True,
+    advance: Callable[[float], object] = lambda _: None,
 ) -> Generated:
     """The greedy answers to prompts in one batch, padded on the left; `specs` are those of each prompt.
+
+    `advance` is told the share of the prompts that each token answers; in all it is their number.
 
     Raises:
         UserError: there is not one list of specs per prompt, a prompt cannot be rendered or leaves no room for an
@@ -87,7 +90,7 @@ def generate(
     watch = None if guard is None else Watch(guard, len(rows))
     with steering, torch.inference_mode():
         loop = _Loop(steering, rows * 2 if beside else rows, use_cache)
-        ids = loop.run(len(rows), max_new_tokens, watch)
+        ids = loop.run(len(rows), max_new_tokens, watch, advance)
     ends = full.stop_ids
     completions = []
     for i, (row, new) in enumerate(zip(rows, ids, strict=True)):
@@ -111,12 +114,14 @@ class _Loop:
         self._offsets = (self._mask == 0).sum(1).tolist()
         self._cache: Any = None
 
-    def run(self, n: int, max_new_tokens: int, watch: Watch | None) -> list[list[int]]:
+    def run(
+        self, n: int, max_new_tokens: int, watch: Watch | None, advance: Callable[[float], object]
+    ) -> list[list[int]]:
         """New tokens of the first n rows; the rows after them are fed the same."""
         new: list[list[int]] = [[] for _ in range(n)]
         ends, done = self._full.stop_ids, [False] * n
         with self._steering.prompts(self._rows, self._offsets):
-            for _ in range(max_new_tokens):
+            for column in range(max_new_tokens):
                 logits = self._forward()
                 chosen = logits[:n].argmax(-1).cpu()
                 for i, token in enumerate(chosen.tolist()):
@@ -127,7 +132,9 @@ class _Loop:
                     self._steering.factors[:n] = watch.see(logits[:n], logits[n:] if len(logits) > n else None, taken)
                 done = [end or row[-1] in ends for end, row in zip(done, new, strict=True)]
                 if all(done):
+                    advance(n * (max_new_tokens - column) / max_new_tokens)
                     break
+                advance(n / max_new_tokens)
                 self._append(chosen.repeat(len(self._rows) // n))
         return new
 

@@ -1,7 +1,7 @@
 """Steering strength in units that mean something, and chosen by what it does to the predictions."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from chatsae import console
 from chatsae.batch import TokenBatch
 from chatsae.errors import UserError
 from chatsae.lm.load import LanguageModel
@@ -55,7 +56,8 @@ def measure_scale(lm: LanguageModel, dialogues: TokenBatch, layer: int, sae: SAE
     if layer not in lm.layers:
         raise UserError(f"layer {layer} is not read from {lm.name}; it reads {', '.join(map(str, lm.layers))}")
     norms, most = [], None
-    for batch in lm.harvest([dialogues]):
+    batches = console.tracked("measure the layer", len(dialogues), lm.harvest([dialogues]), lambda b: len(b.tokens))
+    for batch in batches:
         x = batch.acts[lm.layers.index(layer)]
         norms.append(x.float().norm(dim=-1).cpu())
         if sae is not None:
@@ -103,8 +105,8 @@ class Calibration:
     """Answered prompts on which strengths are tried; one unsteered forward when it is made.
 
     The predictions are those of the answers' tokens, at most `tokens` evenly spread ones per answer; `batch_tokens`
-    bounds the tokens that go through the model at once, for memory. Attributes: forwards (over all rows), median
-    `norms` by layer of `layers`, n_predictions.
+    bounds the tokens that go through the model at once, for memory. Attributes: forwards (over all rows), n_rows,
+    n_predictions; `on_rows` is told the rows of each batch that a forward has read.
     """
 
     def __init__(self, lm: LanguageModel, rows: Sequence[Row], *, tokens: int = 32, batch_tokens: int = 8192) -> None:
@@ -118,8 +120,11 @@ class Calibration:
         if not self.n_predictions:
             raise UserError("steering: the answers to calibrate on have no token")
         self.forwards = 1
+        self.n_rows = len(ordered)
+        self.on_rows: Callable[[int], object] = lambda _: None
         with torch.inference_mode():
-            self._clean = [batch.log_p(self.full) for batch in self._batches]
+            batches = console.tracked("unsteered answers", self.n_rows, self._batches, lambda batch: len(batch.rows))
+            self._clean = [batch.log_p(self.full) for batch in batches]
 
     def effect(self, specs: Sequence[SteerSpec]) -> Effect:
         """What the specs, all on every row, do to the predictions; one forward."""
@@ -132,6 +137,7 @@ class Calibration:
             kl += float((found.exp() * (found - clean)).nan_to_num().sum(dtype=torch.float64))
             at = batch.target[:, None]
             ratio += float((clean.gather(1, at) - found.gather(1, at)).sum(dtype=torch.float64))
+            self.on_rows(len(batch.rows))
         return Effect(kl / self.n_predictions, ratio / self.n_predictions)
 
 

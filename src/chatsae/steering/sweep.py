@@ -1,7 +1,7 @@
 """The sweep: questions answered at every strength, by a feature and by two controls, read again and kept as it goes."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
@@ -141,11 +141,13 @@ class Experiment:
         feature = self.feature if job.arm == "feature" else self.others[job.question]
         return SteerSpec(sae=self.sae, feature=feature, strength=job.alpha)
 
-    def answer(self, todo: Sequence[Job], *, test: bool = False) -> list[dict[str, Any]]:
-        """The answers of one batch, measured, as JSON holds them; `test`: see `generate`."""
+    def answer(
+        self, todo: Sequence[Job], *, test: bool = False, advance: Callable[[float], object] = lambda _: None
+    ) -> list[dict[str, Any]]:
+        """The answers of one batch, measured, as JSON holds them; `test`, `advance`: see `generate`."""
         specs = [self.specs(job) for job in todo]
         prompts = [self.prompts[job.question] for job in todo]
-        found = generate(self.lm, prompts, specs, max_new_tokens=self.max_new_tokens, test=test)
+        found = generate(self.lm, prompts, specs, max_new_tokens=self.max_new_tokens, test=test, advance=advance)
         written = [
             Written(prompt, c.token_ids, c.finish_reason == "stop", own, self.feature, self.others[job.question])
             for job, prompt, own, c in zip(todo, prompts, specs, found.completions, strict=True)
@@ -221,8 +223,7 @@ def write_answers(experiment: Experiment, todo: Sequence[Job], kept: Kept) -> li
     with console.stop_requested("this batch of answers") as stop, console.progress("answers", len(missing)) as advance:
         for start in range(0, len(missing), _ROWS):
             part = missing[start : start + _ROWS]
-            kept.add(part, experiment.answer(part, test=start == 0))
-            advance(len(part))
+            kept.add(part, experiment.answer(part, test=start == 0, advance=advance))
             if stop.is_set():
                 raise KeyboardInterrupt
     return [kept.answers[job] for job in todo]

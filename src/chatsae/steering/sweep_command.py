@@ -8,7 +8,7 @@ from typing import Any
 from chatsae import console
 from chatsae.errors import UserError
 from chatsae.files import sha256
-from chatsae.steering.command import PAPER, Prepared, alpha_of, prepare, strength_facts
+from chatsae.steering.command import PAPER, Prepared, alpha_of, prepare, strengths_facts
 from chatsae.steering.rows import row_of_prompt
 from chatsae.steering.strength import Effect
 from chatsae.steering.sweep import (
@@ -120,7 +120,7 @@ def _question_set(ask: SweepAsk) -> str:
 def _auto(ready: Prepared, bound: float) -> Facts:
     """The automatic strength, or why there is none."""
     try:
-        found = strength_facts(None, ready, bound)
+        found = strengths_facts([None], ready, bound)[0]
     except UserError as error:
         console.warn(str(error))
         return {"alpha": None, "bound": bound, "kl": None, "forwards": None, "reason": str(error)}
@@ -131,14 +131,15 @@ def _auto(ready: Prepared, bound: float) -> Facts:
 def _strengths(ready: Prepared, steps: Sequence[Strength], effects: Mapping[float, Mapping[str, float]]) -> list[Facts]:
     """The strengths in all units, with the feature's effect on the predictions of held-out answers."""
     found = []
-    with console.progress("effect on held-out answers", len(steps)) as advance:
+    calibration = ready.calibration
+    missing = [step for step in steps if step.alpha and step.alpha not in effects]
+    with console.progress("effect on held-out answers", len(missing) * calibration.n_rows) as calibration.on_rows:
         for step in steps:
             spec = ready.spec.at(step.alpha)
             effect = effects.get(step.alpha)
             if effect is None:
-                effect = asdict(ready.calibration.effect([spec])) if step.alpha else asdict(Effect(0.0, 0.0))
+                effect = asdict(calibration.effect([spec])) if step.alpha else asdict(Effect(0.0, 0.0))
             found.append({"label": step.label, "grids": list(step.grids)} | ready.scale.relative(spec) | dict(effect))
-            advance(1)
     return found
 
 

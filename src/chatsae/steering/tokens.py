@@ -72,15 +72,15 @@ def token_features(
         raise UserError(f"at least one feature per token is needed, not {top}")
     groups = _groups(template_facts(lm.tokenizer).special_ids)
     sums = {name: _Sums(len(groups), sae.spec.d_sae) for name, sae in saes.items()}
-    with console.progress("special tokens", None) as advance:
-        for batch in lm.harvest(dialogues):
-            member = membership(groups, batch.tokens)
-            for name, sae in saes.items():
-                acts = batch.acts[lm.layers.index(sae.spec.layer)]
-                for x, m in zip(acts.split(_CHUNK), member.split(_CHUNK, dim=1), strict=True):
-                    with torch.inference_mode():
-                        sums[name].add(sae.encode(x.to(sae.W_enc.device)).cpu(), m)
-            advance(len(batch.tokens))
+    read = list(dialogues)
+    total = sum(map(len, read))
+    for batch in console.tracked("special tokens", total, lm.harvest(read), lambda batch: len(batch.tokens)):
+        member = membership(groups, batch.tokens)
+        for name, sae in saes.items():
+            acts = batch.acts[lm.layers.index(sae.spec.layer)]
+            for x, m in zip(acts.split(_CHUNK), member.split(_CHUNK, dim=1), strict=True):
+                with torch.inference_mode():
+                    sums[name].add(sae.encode(x.to(sae.W_enc.device)).cpu(), m)
     texts = {i: str(lm.tokenizer.decode([i])) for i, _, _ in groups}
     return {name: _rows(groups, texts, found, top) for name, found in sums.items()}
 

@@ -6,6 +6,7 @@ from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
+from chatsae import console
 from chatsae.batch import Split, TokenBatch, first
 from chatsae.config import DataConfig
 from chatsae.data.reading import read
@@ -28,7 +29,9 @@ def split_tokens(
         UserError: they cannot be read.
     """
     if data.prepared and not sources:
-        stream = Prepared(data.prepared, tokenizer).batches(split=split, max_length=data.max_length, tally=tally)
-        return first(stream, limit)
-    dialogues = islice(read(*(sources or data.sources), split=split, order=data.order, tally=tally), limit)
-    return render(dialogues, tokenizer, max_length=data.max_length, tally=tally)
+        whole = Prepared(data.prepared, tokenizer).batches(split=split, max_length=data.max_length, tally=tally)
+        stream = first(whole, limit)
+    else:
+        dialogues = islice(read(*(sources or data.sources), split=split, order=data.order, tally=tally), limit)
+        stream = render(dialogues, tokenizer, max_length=data.max_length, tally=tally)
+    return stream if limit is None else console.tracked("read held-out dialogues", limit, stream, len)
