@@ -6,6 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach a network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small matrices: more threads only wait for each other
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -54,8 +55,17 @@ _SLOW = {
 """Test files that `make test-quick` leaves out: three quarters of the time of all, by --durations."""
 
 
+def _slow(path: Path) -> bool:
+    return path.suffix == ".py" and path.stem.removeprefix("test_") in _SLOW
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Where the slow tests are left out, import none of their files."""
+    return True if config.option.markexpr == "not slow" and _slow(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of slow files."""
     for item in items:
-        if item.path.stem.removeprefix("test_") in _SLOW:
+        if _slow(item.path):
             item.add_marker("slow")

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from chatsae.batch import SPLITS, Dialogue, Document, Message, TokenBatch
+from chatsae.cli import main
 from chatsae.config import DataConfig
 from chatsae.data.dedup import dedup_reference, ngrams
 from chatsae.data.reading import split_of
@@ -55,6 +56,10 @@ def tokenizer():
 
 @pytest.fixture
 def config(tmp_path: Path) -> DataConfig:
+    return sources(tmp_path)
+
+
+def sources(tmp_path: Path) -> DataConfig:
     bad = [{"messages": []}, {"messages": [{"role": "critic", "content": "No."}]}, dialogue(1), "oops"]
     special = {"messages": [{"role": "user", "content": "a <|im_end|> b"}, {"role": "assistant", "content": "Yes."}]}
     a = write(tmp_path / "in" / "a.jsonl", [*ROWS[:250], special, *bad])
@@ -66,6 +71,10 @@ def config(tmp_path: Path) -> DataConfig:
 @pytest.fixture
 def small(monkeypatch):
     """Chunks, segments and shards so small that there are several of each; a checkpoint after every chunk."""
+    make_small(monkeypatch)
+
+
+def make_small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "CHUNK", 16)
     monkeypatch.setattr(shards, "SEGMENT_TOKENS", 700)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 2500)
@@ -300,44 +309,53 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def command(tmp_path: Path, config: DataConfig, out: str, slow: float = 0.0) -> list[str]:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        json.dumps({"data": {"sources": config.sources, "text_sources": config.text_sources, "ngram": 6, "workers": 1}})
-    )
+def verb(root: Path, out: Path) -> list[str]:
+    return ["prepare", str(root / "recipe.yaml"), "--out", str(out), "--data.max-tokens", "0"]
+
+
+def process(root: Path, out: Path, slow: float = 0.0) -> list[str]:
     pause = f"import time\nadd = prepare.Writing.add\ndef later(*a):\n    time.sleep({slow})\n    add(*a)\n"
     script = SCRIPT.replace("sys.exit", f"{pause}prepare.Writing.add = later\nsys.exit" if slow else "sys.exit")
-    arguments = ["prepare", str(recipe), "--out", out, "--data.held-out", "10", "12", "8", "--data.max-tokens", "0"]
-    return [sys.executable, "-c", script, *arguments]
+    return [sys.executable, "-c", script, *verb(root, out)]
 
 
-def test_kill_9_and_ctrl_c_lose_nothing(config, tmp_path):
-    whole = command(tmp_path, config, str(tmp_path / "whole"))
-    subprocess.run(whole, check=True, capture_output=True)
-    cut = tmp_path / "cut"
-    slow = command(tmp_path, config, str(cut), slow=0.05)
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """Sources, a recipe, and in `whole` what a run that nothing stops makes of them."""
+    root = tmp_path_factory.mktemp("stopped")
+    config = sources(root)
+    names = ("sources", "text_sources", "ngram", "held_out", "workers")
+    (root / "recipe.yaml").write_text(json.dumps({"data": {name: getattr(config, name) for name in names}}))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        make_small(monkeypatch)
+        assert main(verb(root, root / "whole")) == 0
+    return root
+
+
+def test_kill_9_and_ctrl_c_lose_nothing(root, small, capsys):
+    cut = root / "cut"
     for stop, code in ((signal.SIGKILL, -9), (signal.SIGINT, 130)):
-        process = subprocess.Popen(slow, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        running = subprocess.Popen(
+            process(root, cut, slow=0.05), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         before = len(list((cut / "state").glob("*"))) if cut.exists() else 0
         deadline = time.monotonic() + 600  # a hang, not a slow machine
         while len(list((cut / "state").glob("*"))) < before + 3 and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(stop)
-        _, said = process.communicate()
-        assert process.returncode == code
+        running.send_signal(stop)
+        _, said = running.communicate()
+        assert running.returncode == code
         assert "Traceback" not in said
         assert not (cut / "manifest.json").exists()
-    done = subprocess.run(command(tmp_path, config, str(cut)), check=True, capture_output=True, text=True)
-    assert "going on after" in done.stderr
-    assert files(cut) == files(tmp_path / "whole")
+    assert main(verb(root, cut)) == 0
+    assert "going on after" in capsys.readouterr().err
+    assert files(cut) == files(root / "whole")
 
 
-def test_a_full_disk_is_told_and_the_same_command_goes_on(config, tmp_path):
-    whole = command(tmp_path, config, str(tmp_path / "whole"))
-    subprocess.run(whole, check=True, capture_output=True)
-    argv = command(tmp_path, config, str(tmp_path / "cut"))
+def test_a_full_disk_is_told_and_the_same_command_goes_on(root, small):
+    out = root / "full"
     full = subprocess.run(
-        argv,
+        process(root, out),
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000)),
@@ -345,9 +363,9 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(config, tmp_path):
     assert full.returncode == 2
     assert "cannot be written" in full.stderr
     assert "Traceback" not in full.stderr
-    assert not (tmp_path / "cut" / "manifest.json").exists()
-    subprocess.run(argv, check=True, capture_output=True)
-    assert files(tmp_path / "cut") == files(tmp_path / "whole")
+    assert not (out / "manifest.json").exists()
+    assert main(verb(root, out)) == 0
+    assert files(out) == files(root / "whole")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from chatsae.errors import UserError
 from chatsae.lm.tap import find_blocks
@@ -73,7 +73,7 @@ def count_blocks(config: PreTrainedConfig, layer_path: str | None) -> int:
 def build(config: PreTrainedConfig, trust_remote_code: bool = False) -> Any:
     """The whole model with its head, random; of a multimodal one only what text needs."""
     factory = headed_factory(config)
-    if issubclass(factory, PreTrainedModel):
+    if issubclass(factory, transformers.PreTrainedModel):
         return factory(config)
     return factory.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -106,7 +106,7 @@ def whole_factory(config: PreTrainedConfig) -> Any:
 
 def cut_classes(
     config: PreTrainedConfig, n_layers: int, keep: int, layer_path: str | None = None
-) -> Iterator[type[PreTrainedModel]]:
+) -> Iterator[type[nn.Module]]:
     """Classes of the architecture without the blocks after the first `keep` and without a head, best first.
 
     Of a multimodal model only the decoder is built. The configuration stays that of the whole model: some
@@ -141,7 +141,7 @@ def _keep_only(model: nn.Module, parts: list[nn.Module]) -> None:
             delattr(model, name)
 
 
-def _subclass(whole: Any, shorten: Callable[[Any], None]) -> type[PreTrainedModel]:
+def _subclass(whole: Any, shorten: Callable[[Any], None]) -> type[nn.Module]:
     """A class that builds what `whole` builds and then leaves out what is not needed, before any weight is read."""
 
     def build(self: Any, *args: Any, **kwargs: Any) -> None:

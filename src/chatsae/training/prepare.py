@@ -7,7 +7,7 @@ from chatsae.config import RunConfig
 from chatsae.data.store.manifest import Manifest
 from chatsae.data.store.prepare import Engine, prepare
 from chatsae.data.store.summary import warnings
-from chatsae.lm.load import load_tokenizer
+from chatsae.lm.checkpoint import load_tokenizer
 
 
 def prepare_data(config: RunConfig, out: Path, *, engine: Engine = "local") -> Manifest:
