@@ -33,6 +33,13 @@ LIMIT_SECONDS = 600.0
 """A process that takes longer hangs; generous, for a machine may be busy with other things."""
 
 
+FEW = 400
+"""A run that imports more modules than that is made again, to know how much time it takes without."""
+
+IMPORTED = ("training.session", "training.prepare", "features.judging", "page.write", "sweep")
+"""Parts of chatsae that are imported before the first process is forked."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a process ended: exit code, or minus the signal; file operations and CPU seconds until then."""
@@ -102,13 +109,14 @@ class Worlds:
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
         self._known: dict[str, Reference] = {}
+        _import([f"chatsae.{name}" for name in IMPORTED])
         self._base = scratch / "base"
         corpus(self._base)
 
     def start(self, verb: str) -> Path:
         """A fresh directory in which a verb can be run; always at the same path, which some files name."""
         for needed in BASE[verb]:
-            self._make(needed)
+            self.reference(needed)
         shutil.rmtree(self.scratch / "work", ignore_errors=True)
         place = self.scratch / "work" / "place"
         shutil.copytree(self._base, place)
@@ -119,35 +127,32 @@ class Worlds:
     def reference(self, verb: str) -> Reference:
         """What a verb does and leaves where nothing interrupts it."""
         if verb not in self._known:
-            ended = run(verb, self.start(verb))  # imports what it needs, and warms caches
-            for name in ended.modules:
-                if name not in sys.modules and name.split(".")[0] not in ("__main__", "__mp_main__"):
-                    _imported(name)
             place = self.start(verb)
             ended = run(verb, place)
+            if _import(ended.modules) > FEW:  # which took time that later processes need not take
+                place = self.start(verb)
+                ended = run(verb, place)
             if ended.code:
                 raise SystemExit(f"chatsae {' '.join(COMMANDS[verb])} ended with {ended.code}:\n{self.log()}")
             self._known[verb] = Reference(ended, tree(place))
+            shutil.copytree(place, self.scratch / "after" / verb)
         return self._known[verb]
 
     def log(self) -> str:
         """What the processes of the latest run said."""
         return (self.scratch / "work" / "log.txt").read_text(errors="replace")[-4000:]
 
-    def _make(self, verb: str) -> None:
-        after = self.scratch / "after" / verb
-        if not after.exists():
-            place = self.start(verb)
-            if run(verb, place).code:
-                raise SystemExit(f"chatsae {' '.join(COMMANDS[verb])} failed:\n{self.log()}")
-            shutil.copytree(place, after)
 
-
-def _imported(name: str) -> None:
-    try:
-        importlib.import_module(name)
-    except Exception:  # noqa: BLE001 - some modules only come into being with another
-        return
+def _import(names: Sequence[str]) -> int:
+    """Import modules of a process into this one; how many there were to import."""
+    before = len(sys.modules)
+    for name in names:
+        if name not in sys.modules and name.split(".")[0] not in ("__main__", "__mp_main__"):
+            try:
+                importlib.import_module(name)
+            except Exception:  # noqa: BLE001 - some modules only come into being with another
+                continue
+    return len(sys.modules) - before
 
 
 def kill_of(rng: random.Random, reference: Ended) -> Kill:

@@ -37,13 +37,14 @@ eval:
   dialogues: 6
 """
 
-_FEATURES = ["--dialogues", "24", "--features", "8"]
+_TWO = ["--sae", "L1-1x-standard", "L3-1x-jumprelu"]
+_FEATURES = [*_TWO, "--dialogues", "24", "--features", "8", "--contexts", "5"]
 _LITTLE = ["--model.layers", "1", "--sae.architectures", "standard", "--train.tokens", "640"]
 COMMANDS = {
     "train": ["train", "recipe.yaml", "--out", "run"],
     "prepare": ["prepare", "recipe.yaml", "--out", "data", "--data.max-tokens", "3000"],
     "features": ["features", "run", *_FEATURES],
-    "judge": ["judge", "run", "--dialogues", "24", "--features", "6", "--controls", "4"],
+    "judge": ["judge", "run", *_TWO, "--dialogues", "24", "--features", "6", "--controls", "4"],
     "report": ["report", "run", *_FEATURES],
     "sweep": ["sweep", "recipe.yaml", "--out", "sweep", "--methods", "fast", "bt-p", "--points", "2", *_LITTLE],
 }
