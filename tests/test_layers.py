@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 import chatsae
 
 ROOT = Path(chatsae.__file__).parent
@@ -73,16 +75,21 @@ def _imports(path: Path) -> set[str]:
 
 
 FILES = sorted(p for p in ROOT.rglob("*.py"))
-GRAPH = {_module(path): _imports(path) for path in FILES}
 
 
-def test_every_part_has_a_layer():
-    assert {_part(m) for m in GRAPH} == set(LAYERS)
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    """What each module imports."""
+    return {_module(path): _imports(path) for path in FILES}
 
 
-def test_imports_point_down():
+def test_every_part_has_a_layer(graph):
+    assert {_part(m) for m in graph} == set(LAYERS)
+
+
+def test_imports_point_down(graph):
     wrong = []
-    for module, imported in GRAPH.items():
+    for module, imported in graph.items():
         for target in imported:
             here, there = _part(module), _part(target)
             if here != there and LAYERS[there] >= LAYERS[here]:
@@ -90,18 +97,18 @@ def test_imports_point_down():
     assert not wrong
 
 
-def test_no_cycles_inside_a_part():
+def test_no_cycles_inside_a_part(graph):
     def reach(module: str, seen: tuple[str, ...]) -> None:
         assert module not in seen, " -> ".join((*seen, module))
-        for target in GRAPH.get(module, ()):
+        for target in graph.get(module, ()):
             reach(target, (*seen, module))
 
-    for module in GRAPH:
+    for module in graph:
         reach(module, ())
 
 
-def test_an_sae_needs_no_transformers():
-    for module, imported in GRAPH.items():
+def test_an_sae_needs_no_transformers(graph):
+    for module, imported in graph.items():
         if _part(module) == "sae":
             path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
             assert "transformers" not in path.read_text(encoding="utf-8").replace("transformers' ", "")
