@@ -19,6 +19,7 @@ def out(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("demo")
     text = RECIPE.read_text(encoding="utf-8")
     shorter = {"400000": "6400", "50000": "4000", "pool: 1024": "pool: 32", "dialogues: 300": "dialogues: 12"}
+    shorter |= {"expansion_factors: [8]": "expansion_factors: [2]"}
     for old, new in shorter.items():  # a pool is read whole before the first step
         assert text.count(old) == 1, old
         text = text.replace(old, new)
@@ -36,9 +37,9 @@ def test_the_recipe_of_the_demo_differs_from_the_defaults_only_where_a_short_run
 
 def test_every_method_and_architecture_has_a_row_and_files(out):
     comparison = json.loads((out / "compare.json").read_text())
-    config = load_recipe(RECIPE)
+    config = load_recipe(out.parent / "short.yaml")
     assert {(r["method"], r["SAE"]) for r in comparison["rows"]} == {
-        (m, f"L{config.model.layers[0]}-8x-{a}") for m in METHODS for a in config.sae.architectures
+        (m, f"L{config.model.layers[0]}-2x-{a}") for m in METHODS for a in config.sae.architectures
     }
     for row in comparison["rows"]:
         sae = SAE.load(Path(row["run"]) / "saes" / row["SAE"])
@@ -82,7 +83,7 @@ def test_show_explains_the_demo_a_run_and_an_sae(out, capsys):
     assert "trained, fast on demo, 6,400 tokens" in capsys.readouterr().out
     sae = next((out / "fast" / "saes").iterdir())
     assert main(["show", str(sae), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["d_sae"] == 8 * SAE.load(sae).spec.d_in
+    assert json.loads(capsys.readouterr().out)["d_sae"] == 2 * SAE.load(sae).spec.d_in
 
 
 def test_eval_and_compare_print_json(out, capsys):
