@@ -91,7 +91,7 @@ def test_another_corpus_is_read_whole(world: Path, lm: LanguageModel, name: str,
     other = write(tmp_path / "other.jsonl", said("other", 40))
     found = held_out(Run.read(world / name), lm, 500, sources=[str(other)])
     assert texts(lm, found.tokens) == {turns[0]["content"] for turns in said("other", 40)}
-    assert found.facts == {"sources": str(other), "overlap": 0}
+    assert found.facts == {"sources": other.name, "overlap": 0}
     assert len(texts(lm, held_out(Run.read(world / name), lm, 7, sources=[str(other)]).tokens)) == 7
 
 
@@ -181,7 +181,7 @@ def test_the_command_prints_what_it_writes(world: Path, tmp_path: Path, capsys: 
     assert main(["eval", str(one), "--sources", str(other), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     check(printed, report_schema())
-    assert printed["facts"]["sources"] == str(other)
+    assert printed["facts"]["sources"] == other.name
     copied = write(tmp_path / "copied.jsonl", said("corpus", 9))
     assert main(["eval", str(one), "--sources", str(copied)]) == 2
     assert "are in the training data" in capsys.readouterr().err

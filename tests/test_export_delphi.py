@@ -1,13 +1,10 @@
 """delphi's cache: every activation where delphi's windows look for it; tests/parity opens it with delphi itself."""
 
-import os
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer
 
 from chatsae.batch import TokenBatch
 from chatsae.features.collect import Reading
@@ -77,16 +74,6 @@ def test_latents_that_float16_cannot_hold_are_its_largest(lm: LanguageModel, tok
     found = delphi.latents(sae, lm, tokens, [TOKEN], reading=Reading.of(lm), tally=tally)
     assert set(found.activations.tolist()) == {65504.0}
     assert sum(tally.values()) == len(found.activations) > 0
-
-
-def test_the_tokenizer_is_found_from_any_directory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(model.parent)
-    found = [delphi.findable(name) for name in ("demo", model.name, str(model))]
-    assert delphi.findable("owner/model") == "owner/model"
-    monkeypatch.chdir(os.sep)
-    sizes = [len(AutoTokenizer.from_pretrained(path)) for path in found]
-    assert sizes[0] == 4096
-    assert sizes[1] == sizes[2]
 
 
 @pytest.mark.parametrize(("last", "dtype"), [(2**16 - 1, np.uint16), (2**16, np.uint32)])

@@ -220,7 +220,7 @@ def test_controls_stand_beside_the_scores(run, capsys):
     assert main(["judge", str(run), "--contexts", "5", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)[NAME]
     controls = found["calibration"]["controls"]
-    assert controls["random_weights"]["run"] == str(null.resolve())
+    assert controls["random_weights"]["run"] == null.name
     assert "random weights (seed 3)" in controls["random_weights"]["what"]
     assert len(controls["random_directions"]["verdicts"]) == DIRECTIONS
     assert set(found["summary"]["above"]) == {"random", "shuffled", "random_directions", "random_weights"}

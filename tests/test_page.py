@@ -332,7 +332,7 @@ def test_what_is_missing_is_said_and_not_made(run: Path, tmp_path: Path) -> None
     data = page_data(find_runs([bare]), Wanted(build=False))
     sae = data["saes"][0]
     assert (sae["features"], sae["sample"], sae["figures"], sae["judges"]) == (None, None, None, [])
-    assert sae["how"] == f"chatsae report {bare} --sae {SAE}"
+    assert sae["how"] == f"chatsae report bare --sae {SAE}"
     assert not (bare / "features").exists()
 
 

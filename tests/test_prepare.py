@@ -101,7 +101,7 @@ def dialogues(directory: Path) -> dict[str, Dialogue]:
         for number, line in enumerate((directory / name).read_text().splitlines(), start=1):
             row = json.loads(line)
             if isinstance(row, dict) and row["messages"] and row["messages"][0]["role"] == "user":
-                id = f"{directory / name}:{number}"
+                id = f"{name}:{number}"
                 found[id] = Dialogue(id, "", tuple(Message(m["role"], m["content"]) for m in row["messages"]))
     return found
 
@@ -398,7 +398,7 @@ def test_real_dialogues_share_no_twenty_words_between_training_and_evaluation(to
     config = DataConfig(sources=sources, text_sources=(), workers=1)
     manifest = run(config, tokenizer, tmp_path / "out", max_tokens=400_000)
     lines = {path: Path(path).read_text(encoding="utf-8").split("\n") for path in sources}
-    rows = {f"{path}:{i}": line for path in sources for i, line in enumerate(lines[path], start=1)}
+    rows = {f"{Path(path).name}:{i}": line for path in sources for i, line in enumerate(lines[path], start=1)}
     grams = {}
     for split in ("train", "eval"):
         members = ids(tmp_path / "out", split)

@@ -73,7 +73,7 @@ def test_every_method_trains_on_one_preparation(prepared, tmp_path, method):
     assert summary.tokens == 6400
     digest = json.loads((tmp_path / method / "summary.json").read_text())["manifest_sha256"]
     facts = read_object(tmp_path / method / "data.json")
-    assert facts == {"prepared": str(prepared / "data"), "manifest_sha256": digest}
+    assert facts == {"prepared": "data", "manifest_sha256": digest}
     card = json.loads((tmp_path / method / "saes" / "L1-1x-standard" / "cfg.json").read_text())
     assert card["metadata"]["manifest_sha256"] == digest
     report = evaluate_run(tmp_path / method)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from chatsae.errors import UserError
-from chatsae.files import whole
+from chatsae.files import shared_names, whole
 
 MARK = "export.json"
 """Says what a directory holds, and that it may be replaced."""
@@ -67,12 +67,8 @@ def identifier(text: str) -> str:
 
 
 def public(names: str) -> str:
-    """Models or corpora, separated by commas, as others may know them: of a path on this machine its last part."""
-
-    def own(name: str) -> bool:
-        return name.startswith((".", "~")) or Path(name).is_absolute() or Path(name).exists()
-
-    return ", ".join(Path(name).name if own(name) else name for name in names.split(", "))
+    """Models or corpora, separated by commas, as others may know them."""
+    return ", ".join(shared_names(names.split(", ")))
 
 
 def check_identifier(flag: str, value: str) -> None:

@@ -9,7 +9,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,22 @@ def check_memory(n_bytes: int, what: str) -> None:
         return
     if n_bytes > there:
         raise UserError(f"{what} would take {n_bytes / 2**30:,.0f} GiB, this machine has {there / 2**30:,.0f} GiB")
+
+
+def shared_name(name: str, *, apart: bool = False) -> str:
+    """What files that travel call a model, a corpus or a run: the last part of a path that is not relative to the
+    working directory, since the folders of this machine are nobody's business; `apart`, with a digest of the path."""
+    path = os.path.expanduser(name)
+    if not Path(path).is_absolute() and ".." not in Path(path).parts:
+        return name
+    last = os.path.basename(os.path.abspath(path)) or name
+    return f"{last}~{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}" if apart else last
+
+
+def shared_names(names: Sequence[str]) -> list[str]:
+    """The `shared_name` of each, apart where two would be called alike."""
+    short = [shared_name(name) for name in names]
+    return [shared_name(name, apart=short.count(one) > 1) for name, one in zip(names, short, strict=True)]
 
 
 def sha256(path: Path) -> str:

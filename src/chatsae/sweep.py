@@ -15,7 +15,7 @@ from chatsae.evals.pareto import pareto_figure
 from chatsae.evals.report import Comparison, Report, compare, load_reports
 from chatsae.evals.schema import VERSION
 from chatsae.evals.session import evaluate_run
-from chatsae.files import write_json
+from chatsae.files import shared_name, write_json
 from chatsae.runs import Run
 from chatsae.training.session import train_run
 
@@ -103,7 +103,9 @@ def sweep(
     write_json(out / "matched.json", at.facts())
     figures = []
     if find_spec("matplotlib") is not None:
-        figures = pareto_figure(found, out / "pareto", title=f"{config.model.name}, {config.train.tokens:,} tokens")
+        figures = pareto_figure(
+            found, out / "pareto", title=f"{shared_name(config.model.name)}, {config.train.tokens:,} tokens"
+        )
     return Sweep(comparison, at, figures)
 
 

@@ -22,7 +22,7 @@ from chatsae.audit.separation import Choice, choose, confirm
 from chatsae.audit.sets import PromptSet, halves, load_sets
 from chatsae.batch import TokenBatch
 from chatsae.errors import UserError
-from chatsae.files import write_json
+from chatsae.files import shared_name, write_json
 from chatsae.lm.load import LanguageModel, load_model
 from chatsae.run_model import trained_model
 from chatsae.runs import Run
@@ -84,7 +84,7 @@ class _Set:
         """As JSON holds it."""
         sides = {"positive": self.bench.plain["ablate"], "negative": self.bench.plain["clamp"]}
         return {
-            "source": self.found.source,
+            "source": _shared(self.found.source),
             "n_choose": len(self.chosen),
             "n_report": len(self.report),
             "template_tokens": list(self.prompts.tokens),
@@ -123,13 +123,14 @@ def audit_run(path: Path, ask: Ask) -> tuple[dict[str, Any], str]:
             for name, sae in saes.items()
         }
         roles = _roles(lm, saes, tokens, ask, tally, advance)
+    files = {key: tuple(map(_shared, getattr(ask, key))) for key in ("sets", "prefixes")}
     facts = {
         "schema_version": SCHEMA_VERSION,
-        "model": lm.name,
+        "model": lm.label,
         "split": "steer",
         "n_dialogues": len(tokens),
         "n_tokens": len(tokens.input_ids),
-        "settings": {key: value for key, value in asdict(ask).items() if key != "saes"},
+        "settings": {key: value for key, value in (asdict(ask) | files).items() if key != "saes"},
         "sets": {one.found.name: one.facts() for one in ready},
         "saes": {name: result | {"roles": roles[name]} for name, result in results.items()},
         "skipped": dict(tally.most_common()),
@@ -148,6 +149,11 @@ def densities(lm: LanguageModel, saes: Mapping[str, SAE], tokens: TokenBatch) ->
                     counts[name] += (sae.encode(x.to(sae.W_enc.device)) > 0).sum(0).double().cpu()
     directed = {name: (sae.W_dec.detach().abs().sum(1) > 0).cpu() for name, sae in saes.items()}
     return {name: count * directed[name] / len(tokens.input_ids) for name, count in counts.items()}
+
+
+def _shared(value: str) -> str:
+    """The `shared_name` of a file or of each file of a POSITIVE.json:NEGATIVE.json."""
+    return ":".join(map(shared_name, value.split(":")))
 
 
 def _prefixes(values: Sequence[str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from chatsae.batch import Dialogue, Document, Split
 from chatsae.data.normalise import Reject, normalise
 from chatsae.data.readers import Broken, Row
-from chatsae.data.sources import Kind, Ready, resolve
+from chatsae.data.sources import Kind, Ready, Source, resolve
 from chatsae.data.stream import Order, RowStream
 from chatsae.errors import UserError
 
@@ -39,13 +39,13 @@ class Reading:
     examples: list[dict[str, Any]] = field(default_factory=list)
     tally: Counter[str] | None = None
 
-    def reject(self, source: str, row: Row, reject: Reject) -> None:
+    def reject(self, source: Source, row: Row, reject: Reject) -> None:
         """Count a rejected row, and keep it as an example."""
         self.rejected[reject.reason] += 1
         if self.tally is not None:
             self.tally[reject.reason] += 1
         if self.rejected[reject.reason] <= _EXAMPLES:
-            where = {"source": source, "row": f"{row.file}:{row.number}", "reason": reject.reason}
+            where = {"source": source.label, "row": source.row_id(row), "reason": reject.reason}
             self.examples.append(where | {"detail": reject.detail, "value": _shown(row.value)})
 
 
@@ -137,8 +137,8 @@ def samples(
             item, split = row.value.item, row.value.split
             digest = _digest(item)
         else:
-            source = stream.sources[index].name
-            found = usable(row, kind, source, special)
+            source = stream.sources[index]
+            found = usable(row, kind, source.label, source.row_id(row), special)
             if isinstance(found, Reject):
                 if found.wrong_field and row.number == 1:
                     raise UserError(f"{row.file}, row 1: {found.reason}{f' ({found.detail})' if found.detail else ''}")
@@ -149,7 +149,7 @@ def samples(
         reading.usable += 1
         yield Sample(index, split, item, digest)
     for source, reading in zip(stream.sources, readings, strict=True):
-        _check_usable(source.name, reading, kind)
+        _check_usable(source, reading, kind)
 
 
 def split_of(content: str) -> Split:
@@ -174,11 +174,12 @@ def _digest(item: Dialogue | Document) -> bytes:
     return blake2b(content.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
-def usable(row: Row, kind: Kind, source: str, special: re.Pattern[str] | None = None) -> Dialogue | Document | Reject:
+def usable(
+    row: Row, kind: Kind, source: str, id: str, special: re.Pattern[str] | None = None
+) -> Dialogue | Document | Reject:
     """What a row holds, or the reason why it is of no use."""
     if isinstance(row.value, Broken):
         return Reject(row.value.reason, row.value.detail, wrong_field=True)
-    id = f"{row.file}:{row.number}"
     if kind == "dialogues":
         return normalise(row.value, source=source, id=id, special=special)
     return _document(row.value, source, id, special)
@@ -203,12 +204,16 @@ def _document(value: Any, source: str, id: str, special: re.Pattern[str] | None)
     return Document(id=id, source=source, text=text)
 
 
-def _check_usable(source: str, reading: Reading, kind: Kind) -> None:
+def _check_usable(source: Source, reading: Reading, kind: Kind) -> None:
     if reading.usable:
         return
-    first = {e["reason"]: f"{e['row']}: {e['detail']}" for e in reversed(reading.examples) if e["detail"]}
+    first = {  # a message names the folder too
+        e["reason"]: f"{e['row'].replace(source.label, source.name, 1)}: {e['detail']}"
+        for e in reversed(reading.examples)
+        if e["detail"]
+    }
     reasons = [
         f"{number} × {reason}" + (f" (such as {first[reason]})" if reason in first else "")
         for reason, number in reading.rejected.most_common()
     ]
-    raise UserError(f"{source} holds no {kind[:-1]}" + (f"; rejected: {', '.join(reasons)}" if reasons else ""))
+    raise UserError(f"{source.name} holds no {kind[:-1]}" + (f"; rejected: {', '.join(reasons)}" if reasons else ""))

@@ -15,6 +15,7 @@ from chatsae.data import pydocs
 from chatsae.data.normalise import CHAT_COLUMNS, EXTRA_COLUMNS, PAIR_COLUMNS
 from chatsae.data.readers import SUFFIXES, HubSet, Row, estimated_rows, hub_rows, hub_set, local_files, local_rows
 from chatsae.errors import UserError
+from chatsae.files import shared_names
 
 Kind = Literal["dialogues", "documents"]
 
@@ -113,9 +114,13 @@ Part = FilePart | HubPart | PydocsPart
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A corpus that was found: its parts, its rows as far as they are known, and its revision on the hub."""
+    """A corpus that was found: its parts, its rows as far as they are known, and its revision on the hub.
+
+    `name` is what it is asked for by, `label` what is written of it (`shared_names`).
+    """
 
     name: str
+    label: str
     parts: tuple[Part, ...]
     rows: int | None
     revision: str | None = None
@@ -126,6 +131,12 @@ class Source:
     def files(self) -> list[Path]:
         """The local files it consists of."""
         return [part.path for part in self.parts if isinstance(part, FilePart)]
+
+    def row_id(self, row: Row) -> str:
+        """What a row's dialogue is called: file and row, the file without folders where the label is."""
+        if self.label == self.name:
+            return f"{row.file}:{row.number}"
+        return f"{self.label}{row.file.removeprefix(str(Path(self.name).expanduser()))}:{row.number}"
 
 
 def resolve(
@@ -154,17 +165,24 @@ def resolve(
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"source {name!r} is given twice")
-    finders = [_finder(name, kind, tuple(splits), seed, endless, revisions or {}) for name in names]
+    labels = zip(names, shared_names(names), strict=True)
+    finders = [_finder(name, label, kind, tuple(splits), seed, endless, revisions or {}) for name, label in labels]
     return tuple(find() for find in finders)  # a misspelt name is told before the hub is asked for another
 
 
 def _finder(
-    name: str, kind: Kind, splits: tuple[Split, ...], seed: int, endless: bool, revisions: Mapping[str, str]
+    name: str,
+    label: str,
+    kind: Kind,
+    splits: tuple[Split, ...],
+    seed: int,
+    endless: bool,
+    revisions: Mapping[str, str],
 ) -> Callable[[], Source]:
     columns = COLUMNS[kind]
     path = Path(name).expanduser()
     if name == "pydocs":
-        return lambda: Source(name, (PydocsPart(kind, splits, seed, endless),), None)
+        return lambda: Source(name, label, (PydocsPart(kind, splits, seed, endless),), None)
     if preset := PRESETS.get(name):
         if (preset.columns == COLUMNS["documents"]) != (kind == "documents"):
             holds = "plain text (data.text_sources)" if kind == "dialogues" else "dialogues (data.sources)"
@@ -174,7 +192,7 @@ def _finder(
         skipped: Counter[str] = Counter()
         files = local_files(path, skipped)
         parts = tuple(FilePart(f, columns) for f in files)
-        return lambda: Source(name, parts, sum(map(estimated_rows, files)), skipped=+skipped)
+        return lambda: Source(name, label, parts, sum(map(estimated_rows, files)), skipped=+skipped)
     if hub := _HUB_ID.fullmatch(name):
         revision = hub["revision"] or revisions.get(name)
         return lambda: _hub(name, hub["id"], hub["config"], revision, columns, None)
@@ -190,4 +208,4 @@ def _hub(
 ) -> Source:
     hub = hub_set(hub_id, config, revision)
     parts = tuple(HubPart(hub, index, columns) for index in range(hub.parts))
-    return Source(name, parts, hub.rows or rows, hub.revision)
+    return Source(name, name, parts, hub.rows or rows, hub.revision)

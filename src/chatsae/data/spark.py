@@ -83,7 +83,7 @@ def _hash_parts(
 
 
 def _dialogue(row: Any, name: str, special: re.Pattern[str]) -> Dialogue | None:
-    item = getattr(row.value, "item", None) or usable(row, "dialogues", name, special)
+    item = getattr(row.value, "item", None) or usable(row, "dialogues", name, "", special)
     return item if isinstance(item, Dialogue) else None
 
 

@@ -9,7 +9,7 @@ from chatsae.evals.curves import curves
 from chatsae.evals.matched import matched
 from chatsae.evals.pareto import figure_paths, need_matplotlib, pareto_figure
 from chatsae.evals.report import compare, load_reports
-from chatsae.files import write_json
+from chatsae.files import shared_name, write_json
 from chatsae.runs import Run
 
 
@@ -46,7 +46,7 @@ def compare_runs(
             facts["matched"] = at.facts()
             tables.append(at.table())
         if figure is not None:
-            models = ", ".join(dict.fromkeys(run.config.model.name for run in runs))
+            models = ", ".join(dict.fromkeys(shared_name(run.config.model.name) for run in runs))
             for file in pareto_figure(found, figure, title=models):
                 console.say(f"figure: {file}")
     if out is not None:

@@ -7,6 +7,7 @@ from typing import Any
 from chatsae.config import Architecture, Method, RunConfig, SAESpec, sae_specs
 from chatsae.evals.figures import Table, ratios
 from chatsae.evals.report import Report
+from chatsae.files import shared_name
 from chatsae.recipe import differences
 from chatsae.runs import Run
 from chatsae.statistics import Ratio
@@ -80,7 +81,7 @@ def _point(spec: SAESpec, run: Run, row: Mapping[str, Any], table: Table | None)
         parts["explained_variance"] = (table["variance"] - table["squared_error"], table["variance"])
     return Point(
         sae=spec.name,
-        run=str(run.path),
+        run=shared_name(str(run.path)),
         coefficient=spec.coefficient,
         l0=row["l0"],
         figures={name: row.get(name) for name in FIGURES},

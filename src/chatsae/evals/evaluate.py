@@ -25,6 +25,7 @@ from chatsae.evals.reconstruction import TOKEN_SUMS, Labelled, Reconstruction, S
 from chatsae.evals.report import DialogueSums, Report
 from chatsae.evals.resume import Trunk, tolerance
 from chatsae.evals.sample import TokenSample, gsnr_figures
+from chatsae.files import shared_name
 from chatsae.lm.forward import broken_sequences, check_tokens
 from chatsae.lm.harvest import isolation_error, plan
 from chatsae.lm.load import LanguageModel
@@ -254,7 +255,7 @@ class _Pass:
 
 
 def _facts(lm: LanguageModel, n_dialogues: int, max_length: int, digest: str) -> dict[str, Any]:
-    facts = {"model": lm.name, "n_dialogues": n_dialogues, "max_length": max_length, "tokens_sha256": digest}
+    facts = {"model": lm.label, "n_dialogues": n_dialogues, "max_length": max_length, "tokens_sha256": digest}
     return facts | ({} if lm.random_weights is None else {"random_weights": lm.random_weights})
 
 
@@ -280,7 +281,7 @@ def _check(saes: Mapping[str, SAE], lm: LanguageModel) -> None:
         if not 0 <= sae.spec.layer < lm.n_layers:
             raise UserError(f"{name}: layer is {sae.spec.layer}, {lm.name} has layers 0..{lm.n_layers - 1}")
         trained_on = sae.metadata.get("model_name")
-        if trained_on is not None and trained_on != lm.name:
+        if trained_on is not None and shared_name(trained_on) != lm.label:
             console.warn(f"{name} was trained on {trained_on} and is evaluated on {lm.name}")
         elif trained_on is not None and sae.metadata.get("random_weights") != lm.random_weights:
             own, here = (_weights(seed) for seed in (sae.metadata.get("random_weights"), lm.random_weights))

@@ -18,7 +18,7 @@ from chatsae.data.store.prepared import Prepared
 from chatsae.data.store.splits import split_tokens
 from chatsae.data.stream import RowStream
 from chatsae.errors import UserError
-from chatsae.files import read_object
+from chatsae.files import read_object, shared_names
 from chatsae.lm.load import LanguageModel
 from chatsae.runs import Run
 
@@ -70,7 +70,9 @@ def held_out(
             names = ", ".join(sample.item.id for sample in seen[:_NAMED])
             raise UserError(f"{told} of {run.path} ({names} ...); take them out, or allow it with --allow-overlap")
         console.warn(f"{told}; they are evaluated on all the same")
-    return HeldOut(tokens, {"sources": ", ".join(sources), "overlap": None if seen is None else len(seen)})
+    return HeldOut(
+        tokens, {"sources": ", ".join(shared_names(sources)), "overlap": None if seen is None else len(seen)}
+    )
 
 
 def fit_tokens(run: Run, lm: LanguageModel, n_tokens: int) -> Iterator[TokenBatch]:
@@ -107,7 +109,8 @@ def _training_sources(run: Run) -> list[dict[str, Any]]:
     if data.prepared:
         return Manifest.read(Path(data.prepared)).facts["recipe"]["sources"]
     if data.method != "bt-p" and path.is_file():
-        return read_object(path, keys={"sources": list})["sources"]
+        facts = read_object(path, keys={"sources": list})["sources"]
+        return [one | {"name": name} for one, name in zip(facts, data.sources, strict=False)]
     return [{"name": name} for name in data.sources]
 
 
@@ -116,7 +119,7 @@ def _same(source: Source, training: Sequence[dict[str, Any]]) -> bool:
     own = source_facts(source)
     files = {file["sha256"] for file in own.get("files", ())}
     theirs = {file["sha256"] for facts in training for file in facts.get("files", ())}
-    return own["name"] in {facts["name"] for facts in training} or (bool(files) and files <= theirs)
+    return source.name in {facts["name"] for facts in training} or (bool(files) and files <= theirs)
 
 
 def _seen(

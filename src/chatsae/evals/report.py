@@ -16,7 +16,7 @@ from chatsae.evals.figures import COLUMNS as SUMS
 from chatsae.evals.figures import Table, ratios
 from chatsae.evals.paper import SOURCE, differences_from_paper, paper_model, paper_row
 from chatsae.evals.schema import VERSION
-from chatsae.files import damaged, read_object, whole, write_json
+from chatsae.files import damaged, read_object, shared_name, shared_names, whole, write_json
 from chatsae.runs import Run
 from chatsae.statistics import Paired, paired
 
@@ -236,7 +236,8 @@ def load_reports(runs: Sequence[Run]) -> list[tuple[Run, Report]]:
 
 def _on(report: Report) -> dict[str, Any]:
     """The model and the dialogues of a report."""
-    return {key: value for key, value in report.facts.items() if key not in _OWN_FACTS}
+    own = {key: value for key, value in report.facts.items() if key not in _OWN_FACTS}
+    return own | {"model": shared_name(str(own.get("model")))}  # an older one has its path
 
 
 def _method(run: Run, report: Report, row: Mapping[str, Any]) -> str:
@@ -258,10 +259,11 @@ def compare(runs: Sequence[Run], *, paper: str | None = None) -> Comparison:
     """
     forced = None if paper is None else paper_model(paper)
     reports = load_reports(runs)
+    paths = shared_names([str(run.path) for run in runs])
     rows = [
-        {"SAE": row.get("control", {}).get("of", name), "method": _method(run, report, row), "run": str(run.path)}
+        {"SAE": row.get("control", {}).get("of", name), "method": _method(run, report, row), "run": path}
         | {key: value for key, value in row.items() if key not in _NOT_COMPARED}
-        for run, report in reports
+        for path, (run, report) in zip(paths, reports, strict=True)
         for name, row in report.rows.items()
     ]
     order = list(dict.fromkeys(row["SAE"] for row in rows))
@@ -295,13 +297,13 @@ def _paper_notes(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _tests(reports: Sequence[tuple[Run, Report]], saes: Sequence[str]) -> list[dict[str, Any]]:
     """The paired tests between the runs that have sums by dialogue."""
-    found = []
+    found, paths = [], shared_names([str(run.path) for run, _ in reports])
     for sae in saes:
-        able = [(run, r) for run, r in reports if r.dialogues is not None and sae in r.dialogues.tables]
-        for (run_a, a), (run_b, b) in combinations(able, 2):
+        able = [(i, r) for i, (_, r) in enumerate(reports) if r.dialogues is not None and sae in r.dialogues.tables]
+        for (i, a), (j, b) in combinations(able, 2):
             for figure in PAIRED:
                 test = paired_test(a, b, sae, figure)
-                who = {"SAE": sae, "first": str(run_a.path), "second": str(run_b.path), "figure": figure}
+                who = {"SAE": sae, "first": paths[i], "second": paths[j], "figure": figure}
                 values = dict.fromkeys(Paired.__dataclass_fields__) if test is None else asdict(test)
                 found.append(who | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
     return found

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 from chatsae import console
 from chatsae.batch import TokenBatch, first
 from chatsae.config import Way
+from chatsae.data.store.manifest import changes
 from chatsae.errors import UserError
 from chatsae.features.firings import digest, firings
 from chatsae.features.keeper import Keeper, Split
@@ -74,7 +75,7 @@ def identity(saes: Mapping[str, SAE], lm: LanguageModel, tokens: TokenBatch, opt
     asked = {k: v for k, v in asdict(options).items() if k in ("kept", "sampled", "one_per_dialogue", "seed")}
     return {
         "pass_version": 1,
-        "model": lm.name,
+        "model": lm.label,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "n_dialogues": len(tokens),
         "n_tokens": len(tokens.input_ids),
@@ -207,7 +208,7 @@ def load_state(folder: Path, what: Mapping[str, Any], keepers: Mapping[str, Keep
         return None
     try:
         facts = read_object(path)
-        if facts["what"] != what:
+        if changes(facts["what"], what):
             return None
         if sha256(folder / facts["file"]) != facts["sha256"]:
             raise ValueError("its content does not match its sha256")

@@ -17,6 +17,7 @@ from chatsae.features.scores import ABOVE_CHANCE, distribution, reasons, scores_
 from chatsae.features.session import Ask, RunFeatures
 from chatsae.features.store import FeatureStore
 from chatsae.features.verdict import Judge
+from chatsae.files import shared_name
 from chatsae.recipe import differences, load_recipe
 from chatsae.runs import Run
 
@@ -148,10 +149,10 @@ def _weight_control(
     indices = np.sort(np.random.default_rng(0).permutation(own.indices)[:n])
     features = [own.feature(i, contexts=n_contexts) for i in indices.tolist()]
     what = (
-        f"{len(features)} features of the SAE of the same name in {null.run.path}, trained on the same model with "
-        f"random weights (seed {null.run.config.model.random_weights})"
+        f"{len(features)} features of the SAE of the same name in {shared_name(str(null.run.path))}, trained on the "
+        f"same model with random weights (seed {null.run.config.model.random_weights})"
     )
-    return Control("random_weights", what, features, _densities(judged, features), str(null.run.path))
+    return Control("random_weights", what, features, _densities(judged, features), shared_name(str(null.run.path)))
 
 
 def _same_ask(store: FeatureStore) -> Ask:

@@ -15,6 +15,7 @@ from chatsae.batch import Message, TokenBatch
 from chatsae.config import ModelConfig
 from chatsae.data.template import SkippedError, chat_template, messages_of
 from chatsae.errors import UserError
+from chatsae.files import shared_name
 from chatsae.lm import checkpoint, placement, stacks
 from chatsae.lm.checkpoint import ModelFacts, demo_model_path, load_tokenizer, model_facts
 from chatsae.lm.harvest import Harvest, relative_error
@@ -33,10 +34,10 @@ class LanguageModel:
     modalities; with `head=True`, or without layers, all blocks and the head. Weights are frozen. Layer L means the
     residual stream after block L (`hook_resid_post`), before the final norm.
 
-    Attributes: name, random_weights, layers (sorted), n_layers and d_in of the whole model, vocab_size, max_positions,
-    rope_split (sequences longer than this must not share a forward with shorter ones), device (where token ids go and
-    activations come), dtype, head, cut (later blocks were left out), and the modules model, decoder (the model without
-    its head) and blocks.
+    Attributes: name, label (its `shared_name`), random_weights, layers (sorted), n_layers and d_in of the whole model,
+    vocab_size, max_positions, rope_split (sequences longer than this must not share a forward with shorter ones),
+    device (where token ids go and activations come), dtype, head, cut (later blocks were left out), and the modules
+    model, decoder (the model without its head) and blocks.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class LanguageModel:
         self._source = checkpoint.locate(name, revision, trust_remote_code)
         config = checkpoint.read_config(self._source)
         text = stacks.text_config(config)
-        self.name, self.random_weights = str(name), random_weights
+        self.name, self.label, self.random_weights = str(name), shared_name(str(name)), random_weights
         self.n_layers = stacks.count_blocks(config, layer_path)
         self.layers = _check_layers(layers, self.n_layers, self.name)
         self.head = head or not self.layers

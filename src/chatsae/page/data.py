@@ -1,6 +1,6 @@
 """What goes into the page, as one JSON object; docs/report.md has its shape."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from chatsae.evals.schema import FIGURES
 from chatsae.features.calibration import EXPECTED
 from chatsae.features.comparison import compare_scores
 from chatsae.features.records import VALUE_EDGES
+from chatsae.files import shared_name
 from chatsae.page.explore import Wanted, dialogues_of, explored, unexplored
 from chatsae.page.identity import commands, curves, identity, sae_identity
 from chatsae.page.pack import Dialogues, short
@@ -75,7 +76,7 @@ def page_data(runs: Sequence[Run], wanted: Wanted | None = None) -> dict[str, An
         for name in there:
             view = {"run": number, "name": name, "identity": sae_identity(run, name), **_figures(report, name)}
             saes.append(view | shown.get(name, unexplored(run, name)))
-    return {
+    found = {
         "schema_version": SCHEMA_VERSION,
         "chatsae": metadata.version("chatsae"),
         "command": _command(runs, wanted),
@@ -86,8 +87,35 @@ def page_data(runs: Sequence[Run], wanted: Wanted | None = None) -> dict[str, An
         "comparison": compare_scores(runs) if len(runs) > 1 else [],
         "saes": saes,
         "dialogues": dialogues.facts(),
-        "texts": list(dialogues.texts),
     }
+    return _renamed(found, _folders(runs, names)) | {"texts": list(dialogues.texts)}
+
+
+def _folders(runs: Sequence[Run], names: Sequence[str]) -> dict[str, str]:
+    """What runs call their data, model and directory by on this machine, the longest first, and the page in its place.
+
+    The recipe holds paths as they were typed, and so do the stores and judgements of older versions.
+    """
+    found: dict[str, str] = {}
+    for run, name in zip(runs, names, strict=True):
+        data, here = run.config.data, run.path.resolve()
+        typed = [run.config.model.name, data.prepared, *data.sources, *data.text_sources, *run.config.eval.sources]
+        found |= {one: shared_name(one) for t in typed if t for one in (t, str(Path(t).expanduser()))}
+        found |= {f"{here.parent}/": "", str(here): name}
+        if shared_name(str(run.path)) != str(run.path):
+            found[str(run.path)] = name
+    return {one: found[one] for one in sorted(found, key=len, reverse=True) if one != found[one] and len(one) > 2}
+
+
+def _renamed(value: Any, folders: Mapping[str, str]) -> Any:
+    """The same with each path replaced wherever it stands in a text."""
+    if isinstance(value, str):
+        for path, name in folders.items():
+            value = value.replace(path, name)
+        return value
+    if isinstance(value, dict):
+        return {key: _renamed(one, folders) for key, one in value.items()}
+    return [_renamed(one, folders) for one in value] if isinstance(value, list | tuple) else value
 
 
 def _figures(report: Report | None, name: str) -> dict[str, Any]:

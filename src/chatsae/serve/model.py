@@ -49,7 +49,7 @@ class Served:
         self.lm = self._features.lm
         if not self.lm.tokenizer.chat_template:
             raise UserError(f"{self.lm.name}: the tokenizer has no chat template; an instruct model is needed")
-        self.name = Path(self.lm.name).name if Path(self.lm.name).is_absolute() else self.lm.name
+        self.name = self.lm.label
         self.context = min(max_context, self.lm.max_positions or max_context)
         self._few: TokenBatch | None = None
         self._scales: dict[str | int, Scale] = {}

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from chatsae import console
+from chatsae.data.store.manifest import changes
 from chatsae.errors import UserError
 from chatsae.files import read_object, write_text
 from chatsae.lm.load import LanguageModel
@@ -186,8 +187,8 @@ class Kept:
             return
         try:
             facts = read_object(file)
-            if facts["made_with"] != self.made_with:
-                changed = [k for k, v in self.made_with.items() if facts["made_with"].get(k) != v]
+            changed = [k for k, v in self.made_with.items() if changes(facts["made_with"].get(k), v)]
+            if changed:
                 console.say(f"{file} has answers of another sweep ({', '.join(changed)}); they are not used")
                 return
             for row in facts["answers"]:

@@ -86,7 +86,7 @@ def sweep_run(path: Path, ask: SweepAsk) -> tuple[Facts, str, Path]:
         "sae": ready.name,
         "feature": ask.feature,
         "layer": ready.sae.spec.layer,
-        "model": ready.lm.name,
+        "model": ready.lm.label,
         "seed": ask.seed,
         "max_new_tokens": ask.max_new_tokens,
         **ready.facts(),
@@ -161,7 +161,7 @@ def _made_with(ready: Prepared, experiment: Experiment, ask: SweepAsk, questions
     weights = ready.run.path / "saes" / ready.name / "sae_weights.safetensors"
     return {
         "version": VERSION,
-        "model": ready.lm.name,
+        "model": ready.lm.label,
         "revision": ready.run.config.model.revision,
         "dtype": str(ready.lm.dtype).removeprefix("torch."),
         "sae_sha256": sha256(weights),

@@ -20,7 +20,7 @@ from chatsae.data.sources import resolve
 from chatsae.data.store.manifest import recipe_of
 from chatsae.data.store.prepared import Prepared
 from chatsae.errors import UserError
-from chatsae.files import check_memory
+from chatsae.files import check_memory, shared_name
 from chatsae.lm.budget import choose_budget
 from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel
@@ -86,7 +86,8 @@ def data_facts(
         UserError: there is no such prepared data, or a source cannot be found.
     """
     if data.prepared:
-        return {"prepared": data.prepared, "manifest_sha256": Prepared(data.prepared, tokenizer).manifest.sha256}
+        sha256 = Prepared(data.prepared, tokenizer).manifest.sha256
+        return {"prepared": shared_name(data.prepared), "manifest_sha256": sha256}
     names = data.text_sources if data.method == "bt-p" else data.sources
     kind = "documents" if data.method == "bt-p" else "dialogues"
     found = resolve(names, kind, splits=("train",), seed=seed, revisions=_revisions(before))

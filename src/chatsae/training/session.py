@@ -15,7 +15,7 @@ from chatsae.config import BufferConfig, RunConfig, SAESpec, Way, check_run, sae
 from chatsae.data.store.manifest import changes, manifest_digest
 from chatsae.data.template import chat_template, template_facts
 from chatsae.errors import UserError
-from chatsae.files import read_object, with_checksum, write_json
+from chatsae.files import read_object, shared_names, with_checksum, write_json
 from chatsae.lm.forward import check_block
 from chatsae.lm.load import LanguageModel, load_model
 from chatsae.run_model import remember_model
@@ -166,11 +166,11 @@ def _finished(run: Run) -> Summary | None:
 def _metadata(config: RunConfig, spec: SAESpec, lm: LanguageModel, manifest_sha256: str) -> dict[str, Any]:
     data = config.data
     return {
-        "model_name": config.model.name,
+        "model_name": lm.label,
         "hook_name": f"blocks.{spec.layer}.hook_resid_post",
         "hf_hook_name": f"model.layers.{spec.layer}",
         "context_size": data.max_length if data.method == "fast" else data.block_size,
-        "dataset_path": ", ".join(data.text_sources if data.method == "bt-p" else data.sources),
+        "dataset_path": ", ".join(shared_names(data.text_sources if data.method == "bt-p" else data.sources)),
         "method": data.method,
         "manifest_sha256": manifest_sha256,
         "training_tokens": config.train.tokens,

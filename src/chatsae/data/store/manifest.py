@@ -18,7 +18,7 @@ from chatsae.data.sources import Source
 from chatsae.data.store.shards import Shard
 from chatsae.data.template import DATE
 from chatsae.errors import UserError
-from chatsae.files import damaged, read_object, sha256
+from chatsae.files import damaged, read_object, sha256, shared_name
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -60,8 +60,8 @@ def stop_rule(config: DataConfig, max_tokens: int) -> dict[str, int] | None:
 
 
 def source_facts(source: Source) -> dict[str, Any]:
-    """A source's name, and its revision on the hub or the size and digest of its local files."""
-    facts: dict[str, Any] = {"name": source.name}
+    """A source's label, and its revision on the hub or the size and digest of its local files."""
+    facts: dict[str, Any] = {"name": source.label}
     if source.name == "pydocs":
         facts["revision"] = f"Python {platform.python_version()}"
     elif source.revision is not None:
@@ -91,14 +91,18 @@ def tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def changes(before: Any, after: Any, where: str = "") -> list[str]:
-    """The leaves in which two recipes differ, as `field: before -> after`."""
+    """The leaves in which two recipes differ, as `field: before -> after`.
+
+    Those of older versions call data and models by their path, which is no difference from its `shared_name`.
+    """
     if isinstance(before, dict) and isinstance(after, dict):
         keys = dict.fromkeys([*before, *after])
         return [line for key in keys for line in changes(before.get(key), after.get(key), f"{where}.{key}".lstrip("."))]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         pairs = enumerate(zip(before, after, strict=True))
         return [line for i, (a, b) in pairs for line in changes(a, b, f"{where}[{i}]")]
-    return [] if before == after else [f"{where}: {_short(before)} -> {_short(after)}"]
+    today = (shared_name(before), shared_name(before, apart=True)) if isinstance(before, str) else ()
+    return [] if before == after or after in today else [f"{where}: {_short(before)} -> {_short(after)}"]
 
 
 def _short(value: Any) -> str:

@@ -43,7 +43,7 @@ class Writing:
         self.counted = 0 if state is None else state["counted"]
         self._scratch = directory / "state"
         self._kind = kind
-        self._names = [source.name for source in sources]
+        self._names = [source.label for source in sources]
         splits = SPLITS if kind == "dialogues" else (TEXT,)
         self._writers = {
             name: ShardWriter(

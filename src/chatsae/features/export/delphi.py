@@ -14,7 +14,6 @@ from chatsae.batch import TokenBatch
 from chatsae.exporting import write_json
 from chatsae.features.collect import Reading, check, harvest
 from chatsae.features.firings import firings, narrow
-from chatsae.lm.checkpoint import demo_model_path
 from chatsae.lm.load import LanguageModel
 from chatsae.sae.base import SAE
 
@@ -106,7 +105,7 @@ def write(
         "cache_ctx_len": found.tokens.shape[1],
         "n_tokens": found.n_tokens,
         "n_splits": 1,
-        "model_name": findable(lm.name),
+        "model_name": lm.label,
     }
     write_json(place / "config.json", config)
 
@@ -114,12 +113,6 @@ def write(
 def hookpoint(layer: int) -> str:
     """The module whose output is read, seen from the model without its head."""
     return f"layers.{layer}"
-
-
-def findable(model: str) -> str:
-    """The model as delphi, which reads its tokenizer, finds it from any directory."""
-    path = demo_model_path() if model == "demo" else Path(model).expanduser()
-    return str(path.resolve()) if path.is_dir() else model
 
 
 def _places(starts: np.ndarray) -> tuple[np.ndarray, int]:
