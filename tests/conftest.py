@@ -47,7 +47,7 @@ def browser() -> Iterator:
 _SLOW = {
     *("audit_model", "bad_input", "bench", "buffer", "dedup", "demo", "docs", "evals_pass", "export"),
     *("features", "hashing", "judge", "judge_controls", "judge_tasks", "lm_packed", "lm_stacks", "models_table"),
-    *("page_browser", "page_kinds", "page_tables", "patterns", "plan", "prepare", "pydocs", "render"),
+    *("page_browser", "page_kinds", "page_tables", "patterns", "plan", "portable", "prepare", "pydocs", "render"),
     *("sae_pairs", "sae_step_numba", "sae_step_triton", "serve", "serve_clients", "spark", "steering"),
     *("steering_export", "steering_strength", "steering_sweep", "synthetic", "tiny_chat", "training"),
     *("training_gsnr", "training_prepared"),
