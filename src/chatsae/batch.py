@@ -71,6 +71,10 @@ class Kind(IntEnum):
     END_OF_TURN = 5
 
 
+PARTS = ("position_0", "constant_prefix", "template", "content")
+"""Parts of a dialogue: position 0; else the prefix that is the same in every dialogue; else what the template wrote."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """Ragged sequences, flattened. A whole dialogue (fast) or a block (bt-f, bt-p) is one sequence.
@@ -100,6 +104,12 @@ class TokenBatch:
     def sequence(self) -> Int[Tensor, " N"]:
         """Index of the sequence each token belongs to."""
         return torch.repeat_interleave(torch.arange(len(self)), self.lengths.long())
+
+    @property
+    def part(self) -> Int[Tensor, " N"]:
+        """The index in `PARTS` of each token."""
+        written = torch.where(self.kind == int(Kind.CONTENT), 3, 2)
+        return torch.where(self.position == 0, 0, torch.where(self.prefix, 1, written))
 
     def begun(self, begins: Bool[Tensor, " N"]) -> Int[Tensor, " N"]:
         """How many of the tokens marked are there in each token's sequence, up to and with it."""

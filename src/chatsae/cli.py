@@ -13,7 +13,7 @@ import tyro
 from chatsae import console
 from chatsae.cli_audit import Audit
 from chatsae.cli_features import Export, Features, Judge, Report
-from chatsae.cli_fetch import Fetch
+from chatsae.cli_models import Fetch, Norms
 from chatsae.cli_serve import Serve
 from chatsae.cli_steer import Steer, Tokens
 from chatsae.config import Method, RunConfig
@@ -300,6 +300,7 @@ class Bench(Flags):
 _VERBS = {
     "demo": Demo,
     "fetch": Fetch,
+    "norms": Norms,
     "prepare": Prepare,
     "train": Train,
     "eval": Eval,
@@ -317,7 +318,7 @@ _VERBS = {
     "show": Show,
     "bench": Bench,
 }
-_WITH_RECIPE: dict[str, Any] = {"prepare": Prepare, "train": Train, "sweep": Sweep}
+_WITH_RECIPE: dict[str, Any] = {"norms": Norms, "prepare": Prepare, "train": Train, "sweep": Sweep}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

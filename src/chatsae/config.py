@@ -4,6 +4,7 @@ A field's type says which values it takes (`chatsae.typed`); a record with anoth
 """
 
 from dataclasses import dataclass, field, fields
+from itertools import product
 from typing import Annotated, Literal
 
 from chatsae.errors import UserError
@@ -142,6 +143,12 @@ class SAEConfig(_Checked):
     """Weight of the L1 penalty (standard)."""
     l0_coefficients: Annotated[tuple[_Coefficient, ...], Grid()] = (0.01,)
     """Weight of the L0 penalty (jumprelu)."""
+    target_l0: Annotated[tuple[Positive, ...], Grid(empty=True)] = ()
+    """Active features per token that an SAE should end with: the coefficient above is where it begins, and is steered
+    until it gives this. Empty: the coefficient stays."""
+    normalize: Literal["none", "scale"] = "none"
+    """scale: activations times sqrt(d_in) over their mean norm (sinks apart), so that coefficients, bandwidth and
+    thresholds mean the same for every model and layer; it is folded into the weights that are saved."""
     bandwidth: Positive = 0.001
     """Width of the straight-through estimator's kernel (jumprelu); sae_lens 6 uses 0.05."""
     init_threshold: Positive = 0.001
@@ -160,6 +167,9 @@ class TrainConfig(_Checked):
 
     tokens: Count = 40_960_000
     """Activations each SAE is trained on."""
+    sinks: Literal["keep", "skip", "clip"] = "keep"
+    """Tokens whose activation is over ten times longer than the median at a layer that is read: trained on as they
+    are, left out, or shortened to that. Evaluation shows them apart."""
     batch_size: Count = 128
     """Tokens per step."""
     adam_betas: tuple[_Beta, _Beta] = (0.9, 0.999)
@@ -230,6 +240,7 @@ class SAESpec:
     d_sae: int
     coefficient: float
     lr: float
+    target_l0: float | None = None
     bandwidth: float = 0.001
     init_threshold: float = 0.001
     b_dec_init: Literal["geometric_median", "zeros"] = "geometric_median"
@@ -252,7 +263,7 @@ def check_sae(config: SAEConfig) -> None:
     """Refuse a grid that would silently ignore a field.
 
     Raises:
-        UserError: a field of an absent architecture was changed.
+        UserError: a field of an absent architecture was changed, or targets are given with several coefficients.
     """
     defaults = {f.name: f.default for f in fields(SAEConfig)}
     for name, architecture in _ONLY_FOR.items():
@@ -261,6 +272,9 @@ def check_sae(config: SAEConfig) -> None:
                 f"sae.{name} is set, but only {architecture} SAEs have it and sae.architectures is "
                 f"{', '.join(config.architectures)}"
             )
+    for name in ("l1_coefficients", "l0_coefficients"):
+        if config.target_l0 and len(getattr(config, name)) > 1:
+            raise UserError(f"sae.target_l0 is set, so that sae.{name} is where it begins: one value, not several")
 
 
 def check_train(config: TrainConfig) -> None:
@@ -303,31 +317,28 @@ def sae_specs(config: SAEConfig, *, layers: tuple[int, ...], d_in: int) -> list[
     """
     check_sae(config)
     specs = []
-    for layer in layers:
-        for factor in config.expansion_factors:
-            for architecture in config.architectures:
-                penalty, values = (
-                    ("l1", config.l1_coefficients) if architecture == "standard" else ("l0", config.l0_coefficients)
-                )
-                for coefficient in values:
-                    for lr in config.lrs:
-                        name = f"L{layer}-{factor}x-{architecture}"
-                        name += f"-{penalty}_{coefficient:g}" if len(values) > 1 else ""
-                        name += f"-lr_{lr:g}" if len(config.lrs) > 1 else ""
-                        specs.append(
-                            SAESpec(
-                                name=name,
-                                architecture=architecture,
-                                form=config.form,
-                                layer=layer,
-                                d_in=d_in,
-                                d_sae=factor * d_in,
-                                coefficient=coefficient,
-                                lr=lr,
-                                bandwidth=config.bandwidth,
-                                init_threshold=config.init_threshold,
-                                b_dec_init=config.b_dec_init,
-                                apply_b_dec_to_input=config.apply_b_dec_to_input,
-                            )
-                        )
+    for layer, factor, architecture in product(layers, config.expansion_factors, config.architectures):
+        penalty = "l1" if architecture == "standard" else "l0"
+        values = config.l1_coefficients if architecture == "standard" else config.l0_coefficients
+        for coefficient, target, lr in product(values, config.target_l0 or (None,), config.lrs):
+            name = f"L{layer}-{factor}x-{architecture}"
+            name += f"-{penalty}_{coefficient:g}" if len(values) > 1 else ""
+            name += f"-target_{target:g}" if len(config.target_l0) > 1 else ""
+            name += f"-lr_{lr:g}" if len(config.lrs) > 1 else ""
+            spec = SAESpec(
+                name=name,
+                architecture=architecture,
+                form=config.form,
+                layer=layer,
+                d_in=d_in,
+                d_sae=factor * d_in,
+                coefficient=coefficient,
+                lr=lr,
+                target_l0=target,
+                bandwidth=config.bandwidth,
+                init_threshold=config.init_threshold,
+                b_dec_init=config.b_dec_init,
+                apply_b_dec_to_input=config.apply_b_dec_to_input,
+            )
+            specs.append(spec)
     return specs

@@ -52,7 +52,9 @@ class Number:
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Marks a tuple that holds at least one value, and none twice."""
+    """Marks a tuple that holds no value twice, and at least one unless it may be `empty`."""
+
+    empty: bool = False
 
 
 Count = Annotated[int, Number(least=1, most=2**53)]
@@ -186,7 +188,7 @@ def _check_marks(value: Any, marks: tuple[Any, ...], where: str) -> None:
         if mark in ("file", "directory"):
             _check_writable(value, mark, where)
         if isinstance(mark, Grid):
-            if not value:
+            if not value and not mark.empty:
                 raise UserError(f"{where} is empty; at least one value is needed")
             if len(set(value)) != len(value):
                 raise UserError(f"{where} holds a value twice: {shown(value)}")

@@ -7,12 +7,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from chatsae.batch import Kind, Role, TokenBatch
+from chatsae.batch import PARTS, Kind, Role, TokenBatch
+from chatsae.lm.norms import SINK_RATIO
 
 WHOLE, SPECIAL = "all", "special"
-
-SINK_RATIO = 10.0
-"""A norm sink is a token whose activation is this many times longer than the median."""
 
 STEPS = 64
 """Steps per octave of the grid on which norms are counted, so that the median need not be known before the end."""
@@ -28,14 +26,13 @@ PARTITIONS: Mapping[str, Sequence[str]] = {
     "position": ("0", "1-7", "8-63", "64-511", "512+"),
     "turn": ("before", "1", "2", "3", "4", "5-8", "9+"),
     "prefix": ("outside", "inside"),
-    "part": ("position_0", "constant_prefix", "template", "content"),
+    "part": PARTS,
 }
 """Ways to part all tokens, and the names of the parts, in the order of their codes.
 
 kind: that of `chatsae.batch.Kind`, but the first content token of each assistant turn is a kind of its own.
 turn: runs of tokens of one role, counted from the first message that is not a system turn; `before` is what precedes.
-prefix: the prefix that is the same in every dialogue of the template. part: position 0; else that prefix; else what
-the template wrote; else content.
+prefix: the prefix that is the same in every dialogue of the template. part: see `chatsae.batch.PARTS`.
 """
 
 VARIANTS = ("mse_st", "mse_st_template", "mse_st_no_first", "mse_st_no_prefix")
@@ -62,7 +59,7 @@ def membership(tokens: TokenBatch, special_ids: Sequence[int]) -> Float[Tensor, 
         "position": _bucket(tokens.position, _STARTS),
         "turn": _bucket(turns(tokens), _TURNS),
         "prefix": tokens.prefix.long(),
-        "part": _part(tokens),
+        "part": tokens.part,
     }
     columns = [torch.stack(chosen, dim=1)]
     columns += [torch.nn.functional.one_hot(codes[p], len(parts)).bool() for p, parts in PARTITIONS.items()]
@@ -104,11 +101,6 @@ def _kind(tokens: TokenBatch) -> Int[Tensor, " N"]:
     before = torch.cat([torch.zeros(1, dtype=torch.bool), answer[:-1]]) if len(kind) else answer
     before = before & (tokens.position > 0)
     return torch.where(answer & ~before, len(_KINDS) - 1, kind)
-
-
-def _part(tokens: TokenBatch) -> Int[Tensor, " N"]:
-    content = tokens.kind == int(Kind.CONTENT)
-    return torch.where(tokens.position == 0, 0, torch.where(tokens.prefix, 1, torch.where(content, 3, 2)))
 
 
 def _bucket(values: Int[Tensor, " N"], starts: Sequence[int]) -> Int[Tensor, " N"]:

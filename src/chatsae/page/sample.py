@@ -12,10 +12,10 @@ from torch import Tensor
 from chatsae import console
 from chatsae.batch import Kind, Role, TokenBatch
 from chatsae.errors import UserError
-from chatsae.evals.groups import SINK_RATIO
 from chatsae.features.firings import digest
 from chatsae.features.session import RunFeatures
 from chatsae.files import read_object, write_json
+from chatsae.lm.norms import SINK_RATIO
 from chatsae.sae.base import SAE
 
 SCHEMA_VERSION = 1

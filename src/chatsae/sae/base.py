@@ -115,6 +115,15 @@ class SAE(nn.Module):
             norms = torch.linalg.vector_norm(self.W_dec, dim=1)
             self._scale_features_(torch.where(norms > 0, norms, 1))
 
+    @torch.no_grad()
+    def unscale_input_(self, factor: float) -> None:
+        """Turn an SAE of activations times `factor` into one of the activations themselves.
+
+        Its features become `factor` times smaller, and so do biases and thresholds; decoder rows keep their norms.
+        """
+        self.b_enc.div_(factor)
+        self.b_dec.div_(factor)
+
     def _scale_features_(self, scale: Float[Tensor, " F"]) -> None:
         """Multiply every feature's activations, and divide its decoder row by the same."""
         self.W_enc.mul_(scale)

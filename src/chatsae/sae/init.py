@@ -10,6 +10,8 @@ from chatsae.sae.base import SAE, normalize_rows_
 from chatsae.sae.jumprelu import JumpReLUSAE
 
 _V6_ROW_NORM = 0.1
+_QUANTILE_ROWS = 2048  # of the sample that an L0 is set by
+_LEAST_THRESHOLD = 1e-6
 
 
 @torch.no_grad()
@@ -50,6 +52,23 @@ def set_b_dec_(sae: SAE, sample: Float[Tensor, "N D"]) -> None:
     if not bool(median.isfinite().all()):
         raise UserError(f"{sae.spec.name}: the activations that place b_dec hold NaN or inf")
     sae.b_dec.copy_(median)
+
+
+@torch.no_grad()
+def set_l0_(sae: SAE, sample: Float[Tensor, "N D"], l0: float) -> None:
+    """Put thresholds, or the encoder's biases where there are none, so that `l0` features are active on a token.
+
+    All thresholds are multiplied by one factor, all biases lowered by one number: a quantile over a sample.
+    """
+    rows = sample[:_QUANTILE_ROWS]
+    pre = (rows - sae.b_dec if sae.spec.apply_b_dec_to_input else rows) @ sae.W_enc + sae.b_enc
+    least = pre.numel() - min(max(round(l0 * len(rows)), 1), pre.numel()) + 1
+    if isinstance(sae, JumpReLUSAE):
+        threshold = sae.threshold.clamp_min(_LEAST_THRESHOLD)
+        factor = float((pre / threshold).flatten().kthvalue(least).values)
+        sae.set_threshold_((threshold * factor).clamp_min(_LEAST_THRESHOLD))
+    else:
+        sae.b_enc.sub_(float(pre.flatten().kthvalue(least).values))
 
 
 @torch.no_grad()

@@ -49,6 +49,11 @@ class JumpReLUSAE(SAE, architecture="jumprelu"):
             # on .data: a clamp in the graph would stop the gradient of a threshold that has reached zero
             self.raw_threshold.data.clamp_min_(0)
 
+    @torch.no_grad()
+    def unscale_input_(self, factor: float) -> None:
+        super().unscale_input_(factor)
+        self.set_threshold_(self.threshold.double() / factor)
+
     def _scale_features_(self, scale: Float[Tensor, " F"]) -> None:
         threshold = self.threshold * scale
         super()._scale_features_(scale)

@@ -5,7 +5,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -18,13 +18,15 @@ from chatsae.errors import UserError
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.base import SAE, Losses
 from chatsae.sae.gsnr import Gsnr, gsnr
-from chatsae.sae.init import set_b_dec_
+from chatsae.sae.init import set_b_dec_, set_l0_
 from chatsae.sae.step import StepState, make_state, train_step
+from chatsae.training.inputs import Unit
 from chatsae.training.schedule import lr_at, sparsity_scale_at, steps_of
 from chatsae.training.side_by_side import Together, side_by_side
+from chatsae.training.sparsity import START, Steered
 from chatsae.training.state import MeanErrors, restore, snapshot
 
-_MEDIAN_SAMPLE = 8192  # rows; 4k to 16k place the geometric median well
+_SAMPLE = 8192  # rows that b_dec and L0 are placed by; 4k to 16k place the geometric median well
 _GSNR_EVERY = 100  # steps at least: it takes as long as several of them
 
 
@@ -130,19 +132,22 @@ def train_states(
     run: Run | None = None,
     checkpoint: Checkpoint | None = None,
     tally: Counter[str] | None = None,
+    units: Mapping[int, Unit] | None = None,
 ) -> Summary:
     """`train` with a run directory for metrics and checkpoints.
 
     A `checkpoint` is gone on from, to the same bits; `acts` must stand where it was made (`activations(skip=...)`).
-    `tally`, which counts what the data drop, is kept in checkpoints.
+    `tally`, which counts what the data drop, is kept in checkpoints. `units` by layer are looked up when metrics are
+    written, which are of the activations as they are. An SAE with `target_l0` ends with the coefficient that gave it.
 
     Raises:
         UserError: see `train`.
     """
     layers = tuple(layers or sorted({state.sae.spec.layer for state in states.values()}))
-    errors = MeanErrors()
-    first = step = _start(states, acts, layers, checkpoint, errors)
-    total, tokens, meter, ending = steps_of(config).total, first * config.batch_size, Meter(), "done"
+    targets = {name: s.sae.spec.target_l0 for name, s in states.items() if s.sae.spec.target_l0 is not None}
+    work = _Work(states, layers, config, Steered(targets, steps_of(config).total), {} if units is None else units)
+    first = step = _start(work, acts, checkpoint)
+    total, tokens, meter, ending = steps_of(config).total, first * config.batch_size, work.meter, "done"
     devices = [state.sae.W_enc.device for state in states.values()]
     with (
         side_by_side(len(states), devices) as together,
@@ -154,24 +159,28 @@ def train_states(
             if batch is None:
                 ending = "data ended"
                 break
+            if work.steered.settles(step):
+                work.set_l0(acts.peek(_SAMPLE), targets)
             logs = (step + 1) % config.log_every == 0 or step + 1 == total
-            noise = _gsnr_all(states, batch, layers, step, config, meter) if logs and _gsnr_due(step, config) else {}
-            losses = _step_all(states, batch, layers, step, config, meter, together)
-            errors.add(losses)
+            noise = work.gsnr(batch, step) if logs and _gsnr_due(step, config) else {}
+            losses = work.step(batch, step, together)
             step, tokens = step + 1, tokens + batch.shape[1]
             advance(1)
             if logs:
-                record = _record(step, first, losses, errors.take(), noise, states, config, meter)
+                record = work.record(step, first, batch, losses, noise)
                 advance(0, _live(record))
                 if run is not None:
                     run.log(record)
             if step < total and stop.is_set():
                 ending = "interrupted"
             if run is not None and step < total and (stop.is_set() or step % config.checkpoint_every == 0):
-                run.save_checkpoint(snapshot(step, states, acts, tally, errors))
-    for state in states.values():
+                run.save_checkpoint(snapshot(step, states, acts, tally, errors=work.errors, target=work.steered))
+    for name, state in states.items():
         state.sae.before_step_()
         state.sae.fresh = False
+        if name in targets:
+            coefficient = state.sae.spec.coefficient * work.steered.factor(name)
+            state.sae.spec = replace(state.sae.spec, coefficient=coefficient)
     seconds = time.perf_counter() - meter.start
     return Summary(
         ending=ending,
@@ -183,35 +192,115 @@ def train_states(
     )
 
 
-def _step_all(
-    states: Mapping[str, StepState],
-    batch: Float[Tensor, "L N D"],
-    layers: Sequence[int],
-    step: int,
-    config: TrainConfig,
-    meter: Meter,
-    together: Together,
-) -> dict[str, Losses]:
-    """One step of every SAE, each on the batch of its layer with the rate of its schedule."""
-    start, steps = time.perf_counter(), steps_of(config)
-    scale = sparsity_scale_at(step, warmup_steps=steps.sparsity_warmup)
+@dataclass
+class _Work:
+    """A grid in training: its SAEs, and what their steps add to."""
 
-    def one(state: StepState) -> Losses:
-        spec = state.sae.spec
-        x = batch[layers.index(spec.layer)].to(state.sae.W_enc)
-        lr = lr_at(
-            step,
-            total_steps=steps.total,
-            lr=spec.lr,
-            lr_end=spec.lr * config.lr_end_share,
-            warmup_steps=steps.lr_warmup,
-            decay_steps=steps.lr_decay,
-        )
-        return train_step(state, x, lr=lr, sparsity_scale=scale, clip_grad_norm=config.clip_grad_norm)
+    states: Mapping[str, StepState]
+    layers: Sequence[int]
+    config: TrainConfig
+    steered: Steered
+    units: Mapping[int, Unit]
+    errors: MeanErrors = field(default_factory=MeanErrors)
+    meter: Meter = field(default_factory=Meter)
 
-    losses = dict(zip(states, together(one, states.values()), strict=True))
-    meter.sae += time.perf_counter() - start
-    return losses
+    def rows(self, batch: Float[Tensor, "L N D"], sae: SAE) -> Float[Tensor, "N D"]:
+        """The batch of an SAE's layer, in its dtype and on its device."""
+        return batch[self.layers.index(sae.spec.layer)].to(sae.W_enc)
+
+    def step(self, batch: Float[Tensor, "L N D"], step: int, together: Together) -> dict[str, Losses]:
+        """One step of every SAE, each on the batch of its layer with the rate of its schedule."""
+        start, config, steps = time.perf_counter(), self.config, steps_of(self.config)
+        scale = sparsity_scale_at(step, warmup_steps=steps.sparsity_warmup)
+
+        def one(state: StepState) -> Losses:
+            spec = state.sae.spec
+            lr = lr_at(
+                step,
+                total_steps=steps.total,
+                lr=spec.lr,
+                lr_end=spec.lr * config.lr_end_share,
+                warmup_steps=steps.lr_warmup,
+                decay_steps=steps.lr_decay,
+            )
+            strength = scale * self.steered.factor(spec.name)
+            x = self.rows(batch, state.sae)
+            return train_step(state, x, lr=lr, sparsity_scale=strength, clip_grad_norm=config.clip_grad_norm)
+
+        losses = dict(zip(self.states, together(one, self.states.values()), strict=True))
+        self.meter.sae += time.perf_counter() - start
+        self.errors.add(losses)
+        self.steered.see(step, losses)
+        return losses
+
+    def set_l0(self, sample: Float[Tensor, "L n D"], targets: Mapping[str, float]) -> None:
+        """Put the SAEs that have a target on it, over a sample of activations."""
+        for name, target in targets.items():
+            sae = self.states[name].sae
+            set_l0_(sae, self.rows(sample, sae), target)
+
+    def gsnr(self, batch: Float[Tensor, "L N D"], step: int) -> dict[str, Gsnr]:
+        """The GSNR of every SAE on the batch of the coming step, at the weights that step begins with.
+
+        On copies: a step begins by putting the weights where their form wants them, and doing so twice would round
+        twice.
+        """
+        start, found = time.perf_counter(), {}
+        scale = sparsity_scale_at(step, warmup_steps=steps_of(self.config).sparsity_warmup)
+        for name, state in self.states.items():
+            sae = copy.deepcopy(state.sae)
+            sae.before_step_()
+            found[name] = gsnr(sae, self.rows(batch, sae), sparsity_scale=scale * self.steered.factor(name))
+        self.meter.gsnr += time.perf_counter() - start
+        return found
+
+    def record(
+        self,
+        step: int,
+        first: int,
+        batch: Float[Tensor, "L N D"],
+        losses: Mapping[str, Losses],
+        noise: Mapping[str, Gsnr],
+    ) -> dict[str, Any]:
+        """A line of metrics.jsonl; errors are of the activations as they are, means since the last line.
+
+        Where sinks are trained on, the error of the last batch without them stands beside it.
+
+        Raises:
+            UserError: a loss is not finite.
+        """
+        errors, saes = self.errors.take(), {}
+        for name, loss in losses.items():
+            state, sae = self.states[name], self.states[name].sae
+            unit = self.units.get(sae.spec.layer, Unit())
+            if not torch.isfinite(loss.total):
+                raise UserError(f"the loss of {name} is {loss.total.item()} at step {step}; a lower sae.lrs may help")
+            saes[name] = {
+                "mse": errors[name] / sae.spec.d_in / unit.factor**2,
+                **({} if unit.bound is None else {"mse_no_sinks": _without_sinks(sae, self.rows(batch, sae), unit)}),
+                "sparsity": loss.sparsity.item(),
+                "l0": loss.l0.item(),
+                "dead_fraction": (state.steps_since_fired > self.config.dead_feature_window).double().mean().item(),
+                "sparse_step": state.switch is not None and not state.switch.dense,
+                **({"gsnr": asdict(noise[name])} if name in noise else {}),
+            }
+            if sae.spec.target_l0 is not None:
+                saes[name]["coefficient"] = sae.spec.coefficient * self.steered.factor(name)
+        seconds = time.perf_counter() - self.meter.start
+        return {
+            "step": step,
+            "tokens": step * self.config.batch_size,
+            "tokens_per_second": (step - first) * self.config.batch_size / seconds,
+            "shares": self.meter.shares(),
+            "saes": saes,
+        }
+
+
+@torch.no_grad()
+def _without_sinks(sae: SAE, x: Float[Tensor, "N D"], unit: Unit) -> float | None:
+    """Mean squared error per dimension on the rows that are no sinks; None where all are."""
+    rest = x[torch.linalg.vector_norm(x, dim=-1) <= unit.bound]
+    return (sae(rest) - rest).square().mean().item() / unit.factor**2 if len(rest) else None
 
 
 def _gsnr_due(step: int, config: TrainConfig) -> bool:
@@ -220,52 +309,27 @@ def _gsnr_due(step: int, config: TrainConfig) -> bool:
     return config.gsnr and (step + 1) // _GSNR_EVERY > last // _GSNR_EVERY
 
 
-def _gsnr_all(
-    states: Mapping[str, StepState],
-    batch: Float[Tensor, "L N D"],
-    layers: Sequence[int],
-    step: int,
-    config: TrainConfig,
-    meter: Meter,
-) -> dict[str, Gsnr]:
-    """The GSNR of every SAE on the batch of the coming step, at the weights that step begins with.
-
-    On copies: a step begins by putting the weights where their form wants them, and doing so twice would round twice.
-    """
-    start, found = time.perf_counter(), {}
-    scale = sparsity_scale_at(step, warmup_steps=steps_of(config).sparsity_warmup)
-    for name, state in states.items():
-        sae = copy.deepcopy(state.sae)
-        sae.before_step_()
-        found[name] = gsnr(sae, batch[layers.index(sae.spec.layer)].to(sae.W_enc), sparsity_scale=scale)
-    meter.gsnr += time.perf_counter() - start
-    return found
-
-
-def _start(
-    states: Mapping[str, StepState],
-    acts: Activations,
-    layers: Sequence[int],
-    checkpoint: Checkpoint | None,
-    errors: MeanErrors,
-) -> int:
+def _start(work: _Work, acts: Activations, checkpoint: Checkpoint | None) -> int:
     """Take up a checkpoint, or place b_dec; returns the number of steps that are done."""
+    layers = work.layers
     if checkpoint is not None:
-        restore(checkpoint, states, acts, errors)
+        restore(checkpoint, work.states, acts, errors=work.errors, target=work.steered)
         return checkpoint.step
     with console.progress("fill the buffer", acts.capacity) as acts.on_fill:
-        sample = acts.peek(_MEDIAN_SAMPLE)
+        sample = acts.peek(_SAMPLE)
     acts.on_fill = lambda n: None
     if sample.shape[0] != len(layers):
         raise UserError(f"the activations hold {sample.shape[0]} layers, the SAEs want {len(layers)}: {layers}")
-    for name, state in states.items():
+    for name, state in work.states.items():
         sae = state.sae
         if sae.spec.layer not in layers:
             raise UserError(f"{name} is of layer {sae.spec.layer}, the activations are of {tuple(layers)}")
         if sae.spec.d_in != sample.shape[-1]:
             raise UserError(f"{name}: d_in is {sae.spec.d_in}, the activations have {sample.shape[-1]}")
         if sae.fresh and not bool(sae.b_dec.any()):
-            set_b_dec_(sae, sample[layers.index(sae.spec.layer)].to(sae.W_enc))
+            set_b_dec_(sae, work.rows(sample, sae))
+            if sae.spec.target_l0 is not None:
+                set_l0_(sae, work.rows(sample, sae), START * sae.spec.target_l0)
         elif not sae.fresh:
             sae.take_up_()
     return 0
@@ -278,39 +342,6 @@ def _next(acts: Activations, meter: Meter) -> Float[Tensor, "L N D"] | None:
     meter.lm += lm
     meter.wait += time.perf_counter() - start - lm
     return batch
-
-
-def _record(
-    step: int,
-    first: int,
-    losses: Mapping[str, Losses],
-    errors: Mapping[str, float],
-    noise: Mapping[str, Gsnr],
-    states: Mapping[str, StepState],
-    config: TrainConfig,
-    meter: Meter,
-) -> dict[str, Any]:
-    saes = {}
-    for name, loss in losses.items():
-        state = states[name]
-        saes[name] = {
-            "mse": errors[name] / state.sae.spec.d_in,
-            "sparsity": loss.sparsity.item(),
-            "l0": loss.l0.item(),
-            "dead_fraction": (state.steps_since_fired > config.dead_feature_window).double().mean().item(),
-            "sparse_step": state.switch is not None and not state.switch.dense,
-            **({"gsnr": asdict(noise[name])} if name in noise else {}),
-        }
-        if not torch.isfinite(loss.total):
-            raise UserError(f"the loss of {name} is {loss.total.item()} at step {step}; a lower sae.lrs may help")
-    seconds = time.perf_counter() - meter.start
-    return {
-        "step": step,
-        "tokens": step * config.batch_size,
-        "tokens_per_second": (step - first) * config.batch_size / seconds,
-        "shares": meter.shares(),
-        "saes": saes,
-    }
 
 
 def _live(record: Mapping[str, Any]) -> str:

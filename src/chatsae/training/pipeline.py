@@ -1,7 +1,7 @@
 """From a configuration to the stream of activations that its SAEs train on."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import count
 from typing import Any
@@ -24,7 +24,9 @@ from chatsae.files import check_memory, shared_name
 from chatsae.lm.budget import choose_budget
 from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel
+from chatsae.lm.norms import LayerNorms
 from chatsae.lm.probe import choose_way
+from chatsae.training.inputs import Inputs
 from chatsae.training.overlap import overlaps
 from chatsae.training.schedule import buffer_capacity, steps_of
 
@@ -122,6 +124,8 @@ def activations(
     counted: dict[str, int] | None = None,
     facts: dict[str, Any] | None = None,
     how: dict[str, Any] | None = None,
+    norms: Sequence[LayerNorms] | None = None,
+    on_measured: Callable[[list[LayerNorms]], object] = lambda _: None,
     tally: Counter[str] | None = None,
 ) -> Mixer:
     """The mixed activations of a run; `skip` forwards of an interrupted run are passed over without computing them.
@@ -130,8 +134,8 @@ def activations(
 
     `capacity` is that of the buffer, by default `buffer_capacity`.
 
-    `facts` are those of `data_facts`, `how` those of `harvest_facts`, found anew by default. Close it in the end, or
-    let it go: it may hold a thread.
+    `facts` are those of `data_facts`, `how` those of `harvest_facts`, `norms` those of an interrupted run, all found
+    anew by default (`on_measured`: see `Inputs`). Close it in the end, or let it go: it may hold a thread.
 
     Raises:
         UserError: see `token_batches`, `Harvest` and `Mixer`.
@@ -158,8 +162,17 @@ def activations(
         on_nan=config.harvest.on_nan,
         tally=counts,
     )
-    return mix(
+    inputs = Inputs(
         Ahead(harvest, device=lm.device, counts=counts, tally=tally) if overlap else harvest,
+        lm.layers,
+        policy=config.train.sinks,
+        normalize=config.sae.normalize == "scale",
+        known=norms,
+        on_measured=on_measured,
+        tally=tally,
+    )
+    return mix(
+        inputs,
         capacity=capacity,
         batch_size=config.train.batch_size,
         seed=config.train.seed,

@@ -18,10 +18,12 @@ from chatsae.errors import UserError
 from chatsae.files import read_object, shared_names, with_checksum, write_json
 from chatsae.lm.forward import check_block
 from chatsae.lm.load import LanguageModel, load_model
+from chatsae.lm.norms import LayerNorms, norms_sentence
 from chatsae.run_model import remember_model
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid, check_fits
 from chatsae.training.calibrate import duration, predict_run
+from chatsae.training.inputs import Unit, units_of, unscale_
 from chatsae.training.loop import Summary, make_states, train_states
 from chatsae.training.overlap import overlaps, shared_threads
 from chatsae.training.pipeline import activations, data_facts, harvest_facts
@@ -62,7 +64,9 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         done = 0 if checkpoint is None else checkpoint.facts["buffer/harvest_batches"]
         counted = None if checkpoint is None else checkpoint.facts.get("dropped")
         held = _capacity(config, checkpoint)
-        acts = activations(config, lm, skip=done, capacity=held, counted=counted, facts=facts, how=how, tally=tally)
+        norms = _Norms(run, lm, resumes)
+        found = {"facts": facts, "how": how, "norms": norms.known, "on_measured": norms.take}
+        acts = activations(config, lm, skip=done, capacity=held, counted=counted, tally=tally, **found)
         stack.callback(acts.close)
         saes = build_grid(specs, seed=config.train.seed)
         for sae in saes.values():
@@ -77,7 +81,7 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         predicted, start = predict_run(config, specs, **reading, done=step, overlap=overlap), time.perf_counter()
         states = make_states(saes, config.train)
         place = {"layers": lm.layers, "run": run, "checkpoint": checkpoint}
-        summary = train_states(states, acts, config.train, **place, tally=tally)
+        summary = train_states(states, acts, config.train, **place, tally=tally, units=norms.units)
         console.say(_sentence(summary, tally))
         if summary.ending == "data ended":
             console.warn(
@@ -91,7 +95,11 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         manifest_sha256 = manifest_digest(facts)
         for name, state in states.items():
             metadata = _metadata(config, state.sae.spec, lm, manifest_sha256)
-            state.sae.save(run.path / "saes" / name, metadata=metadata, sparsity=state.firing_frequency())
+            unscale_(state.sae, norms.units.get(state.sae.spec.layer, Unit()).factor)
+            sparsity = state.firing_frequency()
+            state.sae.save(run.path / "saes" / name, metadata=metadata, sparsity=sparsity)
+            if (l0 := float(sparsity.sum())) > lm.d_in / 4:
+                console.warn(f"{name} ends with {l0:.0f} active features per token; sae.target_l0 50 asks for as many")
         about = {"dropped": dict(tally), "harvest": how, "manifest_sha256": manifest_sha256}
         about |= {"predicted_seconds": predicted, "took_seconds": took}
         write_json(run.path / "summary.json", asdict(summary) | about)
@@ -144,6 +152,37 @@ def _as_begun(before: dict[str, Any] | None, config: RunConfig, lm: LanguageMode
             f"prefix true or false, not {way!r}, {budget!r} and {prefix!r}; delete the run directory to begin again"
         )
     return before
+
+
+class _Norms:
+    """The norms of a run's activations, in RUN/norms.json from the first batches on.
+
+    Attributes: known (of a run that goes on), units (by layer, once the norms are known).
+
+    Raises:
+        UserError: a run that goes on has none, and what it trains on depends on them; or they are damaged.
+    """
+
+    def __init__(self, run: Run, lm: LanguageModel, resumes: bool) -> None:
+        self._path, self._config, self._lm = run.path / "norms.json", run.config, lm
+        self.known: list[LayerNorms] | None = None
+        self.units: dict[int, Unit] = {}
+        changes = (run.config.train.sinks, run.config.sae.normalize) != ("keep", "none")
+        if resumes and (changes or self._path.exists()):
+            facts = read_object(self._path, "delete the run directory to begin again", {"layers": list})
+            self.known = [LayerNorms.of(one) for one in facts["layers"]]
+            self._measure_in(self.known)
+
+    def take(self, found: list[LayerNorms]) -> None:
+        """Keep what was measured, and say it."""
+        write_json(self._path, with_checksum({"layers": [one.facts() for one in found]}))
+        self._measure_in(found)
+        for one in found:
+            console.say(norms_sentence(one, self._lm.tokenizer))
+
+    def _measure_in(self, norms: list[LayerNorms]) -> None:
+        sinks, normalize = self._config.train.sinks, self._config.sae.normalize == "scale"
+        self.units |= units_of(norms, self._lm.d_in, policy=sinks, normalize=normalize)
 
 
 def _how(how: dict[str, Any]) -> str:

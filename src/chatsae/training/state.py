@@ -4,12 +4,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from chatsae.runs import Checkpoint
 from chatsae.sae.base import Losses
-from chatsae.sae.step import StepState
 
 
 class Stateful(Protocol):
@@ -31,7 +29,7 @@ class MeanErrors:
         """Count one step."""
         for name, loss in losses.items():
             before = self._sums.get(name)
-            self._sums[name] = loss.mse.double() if before is None else before + loss.mse
+            self._sums[name] = loss.mse.double() if before is None else before.to(loss.mse.device) + loss.mse
         self._steps += 1
 
     def take(self) -> dict[str, float]:
@@ -43,10 +41,10 @@ class MeanErrors:
     def state_dict(self) -> dict[str, Any]:
         return {"steps": self._steps, **{f"sum/{name}": total for name, total in self._sums.items()}}
 
-    def load_state_dict(self, state: dict[str, Any], devices: Mapping[str, torch.device]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """A state of before there were means is empty; they begin with the next step."""
         self._steps = state.get("steps", 0)
-        self._sums = {name: total.to(devices[name]) for name, total in _under("sum/", state).items()}
+        self._sums = _under("sum/", state)
 
 
 def snapshot(
@@ -54,15 +52,13 @@ def snapshot(
     states: Mapping[str, Stateful],
     acts: Stateful,
     tally: Counter[str] | None = None,
-    errors: MeanErrors | None = None,
+    **others: Stateful,
 ) -> Checkpoint:
     """The whole state of a training after `step` steps; `tally` is what its data dropped up to there."""
-    flat: dict[str, Any] = {f"buffer/{k}": v for k, v in acts.state_dict().items()}
-    flat |= {f"errors/{k}": v for k, v in (errors or MeanErrors()).state_dict().items()}
-    if tally is not None:
-        flat["dropped"] = dict(tally)
-    for name, state in states.items():
-        flat |= {f"sae/{name}/{k}": v for k, v in state.state_dict().items()}
+    flat: dict[str, Any] = {} if tally is None else {"dropped": dict(tally)}
+    parts = {"buffer": acts, **others, **{f"sae/{name}": state for name, state in states.items()}}
+    for prefix, part in parts.items():
+        flat |= {f"{prefix}/{key}": value for key, value in part.state_dict().items()}
     return Checkpoint(
         step=step,
         tensors={k: v for k, v in flat.items() if isinstance(v, Tensor)},
@@ -70,17 +66,12 @@ def snapshot(
     )
 
 
-def restore(
-    checkpoint: Checkpoint, states: Mapping[str, StepState], acts: Stateful, errors: MeanErrors | None = None
-) -> None:
-    """Put a snapshot back, bit for bit."""
+def restore(checkpoint: Checkpoint, states: Mapping[str, Stateful], acts: Stateful, **others: Stateful) -> None:
+    """Put a snapshot back, bit for bit; `others` are named as they were for `snapshot`."""
     flat = {**checkpoint.tensors, **checkpoint.facts}
-    if errors is not None:
-        devices = {name: state.sae.W_enc.device for name, state in states.items()}
-        errors.load_state_dict(_under("errors/", flat), devices)
-    acts.load_state_dict(_under("buffer/", flat))
-    for name, state in states.items():
-        state.load_state_dict(_under(f"sae/{name}/", flat))
+    parts = {**others, "buffer": acts, **{f"sae/{name}": state for name, state in states.items()}}
+    for prefix, part in parts.items():
+        part.load_state_dict(_under(f"{prefix}/", flat))
 
 
 def _under(prefix: str, flat: Mapping[str, Any]) -> dict[str, Any]:
