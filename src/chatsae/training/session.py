@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -22,6 +22,7 @@ from chatsae.lm.norms import LayerNorms, norms_sentence
 from chatsae.run_model import remember_model
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid, check_fits
+from chatsae.sae.step import StepState
 from chatsae.training.calibrate import duration, predict_run
 from chatsae.training.inputs import Unit, units_of, unscale_
 from chatsae.training.loop import Summary, make_states, train_states
@@ -93,18 +94,25 @@ def train_run(config: RunConfig, out: Path) -> Summary:
         if predicted is not None:
             console.say(f"predicted {duration(predicted)}, took {duration(took)}")
         manifest_sha256 = manifest_digest(facts)
-        for name, state in states.items():
-            metadata = _metadata(config, state.sae.spec, lm, manifest_sha256)
-            unscale_(state.sae, norms.units.get(state.sae.spec.layer, Unit()).factor)
-            sparsity = state.firing_frequency()
-            state.sae.save(run.path / "saes" / name, metadata=metadata, sparsity=sparsity)
-            if (l0 := float(sparsity.sum())) > lm.d_in / 4:
-                console.warn(f"{name} ends with {l0:.0f} active features per token; sae.target_l0 50 asks for as many")
+        _save(run, lm, states, norms.units, manifest_sha256)
         about = {"dropped": dict(tally), "harvest": how, "manifest_sha256": manifest_sha256}
         about |= {"predicted_seconds": predicted, "took_seconds": took}
         write_json(run.path / "summary.json", asdict(summary) | about)
         run.clear_checkpoints()
         return summary
+
+
+def _save(
+    run: Run, lm: LanguageModel, states: Mapping[str, StepState], units: Mapping[int, Unit], manifest_sha256: str
+) -> None:
+    """Save every SAE so that it reads the activations as they are."""
+    for name, state in states.items():
+        metadata = _metadata(run.config, state.sae.spec, lm, manifest_sha256)
+        unscale_(state.sae, units.get(state.sae.spec.layer, Unit()).factor)
+        sparsity = state.firing_frequency()
+        state.sae.save(run.path / "saes" / name, metadata=metadata, sparsity=sparsity)
+        if (l0 := float(sparsity.sum())) > lm.d_in / 4:
+            console.warn(f"{name} ends with {l0:.0f} active features per token; sae.target_l0 asks for fewer")
 
 
 def _capacity(config: RunConfig, checkpoint: Checkpoint | None) -> int:

@@ -15,7 +15,8 @@ START = 2.0
 """Times the target: the L0 that an SAE begins with. From more, thresholds can overshoot, and they come down slowly."""
 
 _SETTLING = 0.8, 0.9, 0.97
-"""Shares of the steps after which L0 is set; from the first of them on the coefficient stays."""
+"""Shares of the steps after which L0 is set, as it is before the last one; from the first of them on the coefficient
+stays."""
 
 _INTEGRAL, _PROPORTIONAL, _MOST = 0.2, 1.0, 3.0
 
@@ -36,7 +37,7 @@ class Steered:
     def __init__(self, targets: Mapping[str, float], total_steps: int) -> None:
         """`targets` by SAE, of those that have one."""
         self.targets = dict(targets)
-        self._settling = [round(share * total_steps) for share in _SETTLING]
+        self._settling = [*(round(share * total_steps) for share in _SETTLING), total_steps - 1]
         self._last = self._settling[0]
         self._found = dict.fromkeys(targets, 0.0)
         self._damped = dict.fromkeys(targets, 0.0)
