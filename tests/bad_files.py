@@ -151,6 +151,9 @@ PREPARED = (
     prepared(None, "holds no prepared data"),
     prepared("{", "manifest.json is damaged"),
     prepared('{"recipe": {"format": 1}, "splits": {}}', "recipe or splits lacks something"),
+    row("norms: no such source", lambda at: ["norms", at.recipe("data: {sources: [no.jsonl]}")], "no.jsonl"),
+    row("norms: no token", lambda at: ["norms", at.recipe(), "--tokens", "0"], "--tokens must be at least 1"),
+    row("norms: a figure of no kind", lambda at: ["norms", at.recipe(), "--figure", at.path / "a.pdf"], "only .png"),
     row(
         "prepare: a source that is missing",
         lambda at: ["prepare", at.recipe("data: {sources: [no.jsonl]}"), "--out", at.path / "d"],

@@ -42,7 +42,7 @@ def test_every_method_and_architecture_has_a_row_and_files(out):
         (m, f"L{config.model.layers[0]}-2x-{a}") for m in METHODS for a in config.sae.architectures
     }
     for row in comparison["rows"]:
-        sae = SAE.load(Path(row["run"]) / "saes" / row["SAE"])
+        sae = SAE.load(out / row["run"] / "saes" / row["SAE"])
         assert sae.metadata["method"] == row["method"]
         assert row["n_dialogues"] == 12
         assert row["mse"] > 0

@@ -12,7 +12,8 @@ from chatsae.lm.norms import LayerNorms, measure_norms, sinks
 from chatsae.sae.base import SAE
 
 SAMPLE = 16_384
-"""Activations that norms are measured on: the first of the training, which are held meanwhile and then trained on."""
+"""Activations that norms are measured on, at most: the first of the training, which are held meanwhile and then trained
+on."""
 
 Sinks = Literal["keep", "skip", "clip"]
 
@@ -55,14 +56,17 @@ class Inputs(Iterator[ActivationBatch]):
         policy: Sinks = "keep",
         normalize: bool = False,
         known: Sequence[LayerNorms] | None = None,
+        sample: int = SAMPLE,
         on_measured: Callable[[list[LayerNorms]], object] = lambda _: None,
         tally: Counter[str] | None = None,
     ) -> None:
-        """`on_measured` is told the norms; `tally` counts what is left out or shortened."""
+        """`sample`: activations to measure; `on_measured` is told the norms; `tally` counts what is left out or
+        shortened."""
         self._source, self._layers = source, tuple(layers)
         self._policy, self._normalize = policy, normalize
         self._on_measured, self._tally = on_measured, Counter[str]() if tally is None else tally
         self._held: list[ActivationBatch] = []
+        self._sample = sample
         self.norms = None if known is None else list(known)
 
     def __next__(self) -> ActivationBatch:
@@ -85,7 +89,7 @@ class Inputs(Iterator[ActivationBatch]):
 
     def _measure(self) -> None:
         n = 0
-        while n < SAMPLE and (batch := next(self._source, None)) is not None:
+        while n < self._sample and (batch := next(self._source, None)) is not None:
             self._held.append(batch)
             n += batch.acts.shape[1]
         if self._held:

@@ -26,7 +26,7 @@ from chatsae.lm.harvest import Harvest
 from chatsae.lm.load import LanguageModel
 from chatsae.lm.norms import LayerNorms
 from chatsae.lm.probe import choose_way
-from chatsae.training.inputs import Inputs
+from chatsae.training.inputs import SAMPLE, Inputs
 from chatsae.training.overlap import overlaps
 from chatsae.training.schedule import buffer_capacity, steps_of
 
@@ -168,6 +168,7 @@ def activations(
         policy=config.train.sinks,
         normalize=config.sae.normalize == "scale",
         known=norms,
+        sample=min(SAMPLE, capacity),  # the buffer reads as many before the first step
         on_measured=on_measured,
         tally=tally,
     )
