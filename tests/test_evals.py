@@ -168,7 +168,10 @@ def test_reports_are_saved_compared_and_refused_when_they_do_not_match(tmp_path,
         "rows": comparison.rows,
         "paired": comparison.paired,
         "paper": [],
+        "parts": comparison.parts,
     }
+    assert [(one["SAE"], one["method"]) for one in comparison.parts] == [("sae", "fast"), ("sae", "bt-f")]
+    assert comparison.parts[1]["content"] == report.rows["sae"]["groups"]["part"]["content"]["mse"]
 
     evaluate({"sae": sae}, lm, dialogues(3)).save(runs[1].path / "report.json")
     with pytest.raises(UserError, match="other dialogues"):

@@ -196,10 +196,12 @@ def test_norm_sinks_are_found_whatever_the_order_and_carry_what_they_carry() -> 
     fvu = float((rest * 0.1).square().sum() / (rest - rest.mean(0)).square().sum())
     assert row["fvu_no_sinks"] == pytest.approx(fvu, rel=1e-5)
     assert row["explained_variance_no_sinks"] == 1 - row["fvu_no_sinks"]
+    assert row["mse_no_sinks"] == pytest.approx(float((rest * 0.1).square().mean()), rel=1e-5)
+    assert row["l0_no_sinks"] == 1
     assert row["groups"]["sink"]["yes"]["n_tokens"] == 2
     assert row["groups"]["sink"]["yes"]["mse"] is None
     assert "only at the end" in row["reasons"]["sink/yes/mse"]
-    for name in ("sink_share", "sink_norm_share", "fvu_no_sinks", "gamma"):
+    for name in ("sink_share", "sink_norm_share", "fvu_no_sinks", "mse_no_sinks", "gamma"):
         assert rows[1][name] == pytest.approx(row[name], rel=1e-9)
 
 

@@ -125,11 +125,11 @@ class Eval(Flags):
         )
         if list(reports) == [self.run]:
             report = reports[self.run]
-            console.result(report.facts_json() if self.json else report.table())
+            console.result(report.facts_json() if self.json else report.text())
         elif self.json:
             console.result({"runs": {str(path): report.facts_json() for path, report in reports.items()}})
         else:
-            console.result("\n\n".join(f"{path}\n{report.table()}" for path, report in reports.items()))
+            console.result("\n\n".join(f"{path}\n{report.text()}" for path, report in reports.items()))
 
 
 @dataclass

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 _people = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 _results = Console(highlight=False, soft_wrap=True, emoji=False)
-_WIDTH = 200
+_WIDTH = 240  # of tables at most; wide enough that none is cut
 _LOG_SECONDS = 15.0  # between progress lines where there is no terminal
 
 

@@ -38,7 +38,7 @@ def compare_runs(
         figure_paths(figure)
     runs = [Run.read(path) for path in paths]
     comparison = compare(runs, paper=paper)
-    facts, tables = comparison.facts_json(), [comparison.table()]
+    facts, tables = comparison.facts_json(), [comparison.text()]
     if l0s is not None or figure is not None:
         found = curves(load_reports(runs))
         if l0s is not None:

@@ -175,7 +175,7 @@ def _groups(sums: Reconstruction, stream: Stream) -> tuple[dict[str, Any], dict[
 
 
 def _sink_figures(stream: Stream, groups: dict[str, Any]) -> tuple[dict[str, Any], int, dict[str, str]]:
-    """Share of norm sinks among tokens and in the squared norm, gamma, and explained variance without them."""
+    """Share of norm sinks among tokens and in the squared norm, how many, gamma, and figures without them."""
     totals = stream.bins.total(first_sink_bin(stream.median_bin()), below=False)
     i = NAMES.index((WHOLE, ""))
     n = sum(part["n_tokens"] for part in groups["sink"].values())
@@ -187,6 +187,8 @@ def _sink_figures(stream: Stream, groups: dict[str, Any]) -> tuple[dict[str, Any
         "gamma": math.sqrt(mean2 / (x2 - mean2)) if x2 - mean2 > 1e-10 * x2 else None,
         "fvu_no_sinks": rest.get("fvu"),
         "explained_variance_no_sinks": rest.get("explained_variance"),
+        "mse_no_sinks": rest.get("mse_token"),
+        "l0_no_sinks": rest.get("l0"),
     }
     still = ("gamma", "fvu_no_sinks", "explained_variance_no_sinks")
     why = {"sink_norm_share": "all activations are zero"} | dict.fromkeys(still, "the activations do not vary")

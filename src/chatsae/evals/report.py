@@ -16,32 +16,11 @@ from chatsae.evals.figures import COLUMNS as SUMS
 from chatsae.evals.figures import Table, ratios
 from chatsae.evals.paper import SOURCE, differences_from_paper, paper_model, paper_row
 from chatsae.evals.schema import VERSION
+from chatsae.evals.tables import caption, columns, parts_table, row_parts
 from chatsae.files import damaged, read_object, shared_name, shared_names, whole, write_json
 from chatsae.runs import Run
 from chatsae.statistics import Paired, paired
 
-
-@dataclass(frozen=True, slots=True)
-class Measured(Column):
-    """A column with half of the 95 % interval behind the value, where the row has one."""
-
-    def cell(self, row: Mapping[str, Any]) -> str:
-        text = Column(self.key).cell(row)
-        interval = row.get("intervals", {}).get(self.key)
-        if interval is not None:
-            text += f" ±{(interval[1] - interval[0]) / 2:.1g}"
-        return f"{text} ({Column(self.beside).cell(row)})" if self.beside else text
-
-
-COLUMNS = (
-    Measured("mse", "mse\n(log2)", best="min", beside="log2_mse"),
-    Measured("mse_st", "mse_st\n(log2)", best="min", beside="log2_mse_st"),
-    Measured("mse_st_template", "mse_st by\ntemplate (log2)", best="min", beside="log2_mse_st_template"),
-    Column("l0", "l0"),
-    Measured("explained_variance", "explained\nvariance", best="max"),
-    Column("dead_fraction", "dead", best="min"),
-    Measured("delta_loss", "delta_loss\n(%)", best="min", beside="delta_loss_percent"),
-)
 PAIRED = ("mse", "mse_st", "mse_st_template", "mse_st_no_prefix", "fvu", "delta_loss", "kl")
 """The figures whose difference between methods `compare` tests."""
 
@@ -121,8 +100,13 @@ class Report:
     def table(self) -> str:
         """The report as text."""
         rows = [{"SAE": name, **row} for name, row in self.rows.items()]
-        columns = [Column("SAE"), *(replace(column, best=None) for column in COLUMNS)]
-        return console.table("Held-out dialogues", columns, rows, caption=_caption(self.facts))
+        shown = [Column("SAE"), *(replace(column, best=None) for column in columns(rows))]
+        return console.table("Held-out dialogues", shown, rows, caption=caption(self.facts, rows))
+
+    def text(self) -> str:
+        """The report as text, with the errors by part of the dialogue."""
+        parts = [{"SAE": name, **row_parts(row)} for name, row in self.rows.items()]
+        return "\n\n".join(filter(None, [self.table(), parts_table(parts)]))
 
     def facts_json(self) -> dict[str, Any]:
         """What report.json holds."""
@@ -186,12 +170,14 @@ class Comparison:
     """One row per SAE of several runs; and per SAE, pair of methods and figure of `PAIRED` the paired test.
 
     `paper`: the paper's rows on the same model, layer, width, architecture and method, measured on its own dialogues.
+    `parts`: of each row its `mse` (eq. 7) by part of the dialogue (`chatsae.evals.tables.row_parts`).
     """
 
     rows: list[dict[str, Any]]
     facts: dict[str, Any]
     paired: list[dict[str, Any]] = field(default_factory=list)
     paper: list[dict[str, Any]] = field(default_factory=list)
+    parts: list[dict[str, Any]] = field(default_factory=list)
 
     def table(self) -> str:
         """The rows grouped by SAE, the best of each group marked with a star; the paper's below them, never marked."""
@@ -199,16 +185,20 @@ class Comparison:
         order = list(dict.fromkeys(row["SAE"] for row in self.rows))
         return console.table(
             "Methods on the same held-out dialogues (* best of its SAE)",
-            [Column("SAE"), Column("method"), *COLUMNS],
+            [Column("SAE"), Column("method"), *columns(self.rows)],
             sorted([*self.rows, *quoted], key=lambda row: order.index(row["SAE"])),
             group="SAE",
             unranked="source",
-            caption="\n".join([_caption(self.facts), *_paper_notes(self.paper)]),
+            caption="\n".join([caption(self.facts, self.rows), *_paper_notes(self.paper)]),
         )
+
+    def text(self) -> str:
+        """The table, and the errors by part of the dialogue."""
+        return "\n\n".join(filter(None, [self.table(), parts_table(self.parts)]))
 
     def facts_json(self) -> dict[str, Any]:
         """What JSON holds."""
-        return {"facts": self.facts, "rows": self.rows, "paired": self.paired, "paper": self.paper}
+        return {"facts": self.facts, "rows": self.rows, "paired": self.paired, "paper": self.paper, "parts": self.parts}
 
     def save(self, path: Path | str) -> None:
         """Write compare.json."""
@@ -260,15 +250,20 @@ def compare(runs: Sequence[Run], *, paper: str | None = None) -> Comparison:
     forced = None if paper is None else paper_model(paper)
     reports = load_reports(runs)
     paths = shared_names([str(run.path) for run in runs])
-    rows = [
-        {"SAE": row.get("control", {}).get("of", name), "method": _method(run, report, row), "run": path}
-        | {key: value for key, value in row.items() if key not in _NOT_COMPARED}
+    named = [
+        ({"SAE": row.get("control", {}).get("of", name), "method": _method(run, report, row), "run": path}, row)
         for path, (run, report) in zip(paths, reports, strict=True)
         for name, row in report.rows.items()
     ]
-    order = list(dict.fromkeys(row["SAE"] for row in rows))
-    rows.sort(key=lambda row: order.index(row["SAE"]))
-    return Comparison(rows, reports[0][1].facts, _tests(reports, order), _paper_rows(reports, forced))
+    order = list(dict.fromkeys(who["SAE"] for who, _ in named))
+    named.sort(key=lambda one: order.index(one[0]["SAE"]))
+    return Comparison(
+        rows=[who | {k: value for k, value in row.items() if k not in _NOT_COMPARED} for who, row in named],
+        facts=reports[0][1].facts,
+        paired=_tests(reports, order),
+        paper=_paper_rows(reports, forced),
+        parts=[who | row_parts(row) for who, row in named],
+    )
 
 
 def _paper_rows(reports: Sequence[tuple[Run, Report]], model: str | None) -> list[dict[str, Any]]:
@@ -307,8 +302,3 @@ def _tests(reports: Sequence[tuple[Run, Report]], saes: Sequence[str]) -> list[d
                 values = dict.fromkeys(Paired.__dataclass_fields__) if test is None else asdict(test)
                 found.append(who | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()})
     return found
-
-
-def _caption(facts: dict[str, Any]) -> str:
-    shown = {k: v for k, v in facts.items() if k != "tokens_sha256"}
-    return ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in shown.items())

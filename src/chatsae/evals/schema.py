@@ -4,7 +4,7 @@ from typing import Any
 
 from chatsae.evals.groups import PARTITIONS, SPECIAL, VARIANTS
 
-VERSION = 2
+VERSION = 3
 
 _GROUP = {
     "mse": "mean squared error (eq. 7): over dimensions, then tokens of a dialogue, then dialogues that have one",
@@ -45,6 +45,8 @@ FIGURES: dict[str, str] = {
     "l0_p95": "active features per token, 95 % quantile",
     "fvu_no_sinks": "fvu without norm sinks",
     "explained_variance_no_sinks": "1 - fvu_no_sinks",
+    "mse_no_sinks": "mse_token without norm sinks",
+    "l0_no_sinks": "l0 without norm sinks",
     "sink_share": "share of tokens that are norm sinks: longer than 10 times the median norm",
     "sink_norm_share": "share of the squared norm of all tokens that norm sinks carry",
     "gamma": "|mean x| / sqrt(mean |x - mean x|^2)",

@@ -18,7 +18,7 @@ from chatsae.runs import Run
 from chatsae.sae.base import SAE
 from chatsae.sae.interop import cfg_of
 
-SCHEMA = 2
+SCHEMA = 3
 """Of report.json; the latest that is read."""
 
 METRICS: dict[str, dict[str, str | None]] = {
