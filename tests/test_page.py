@@ -169,6 +169,9 @@ def test_the_page_holds_the_figures_of_the_report(run: Path, data: dict) -> None
     figures = data["saes"][0]["figures"]
     assert figures["mse"]["value"] == pytest.approx(row["mse"], rel=1e-3)
     assert figures["mse"]["interval"] == pytest.approx(row["intervals"]["mse"], rel=1e-3)
+    shown, parts = data["saes"][0]["mse_by_part"], row["groups"]["part"]
+    assert {part for part, mse in shown.items() if mse is not None} == set(parts)
+    assert {part: shown[part] for part in parts} == pytest.approx({p: parts[p]["mse"] for p in parts}, rel=1e-3)
     assert data["runs"][0]["curves"][SAE]["mse"] == [[100, 1.0], [200, 0.5]]
     assert ["Seed", str(Run.read(run).config.train.seed)] in data["runs"][0]["identity"]
     planted = {f["i"]: f for f in data["saes"][0]["features"]}

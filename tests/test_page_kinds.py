@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from chatsae.page.data import Wanted, find_runs, page_data
+from chatsae.page.data import HEADLINE, NO_SINKS, Wanted, find_runs, page_data
 from chatsae.page.write import page as html_page
 from chatsae.runs import Run
 from feature_samples import TOKEN, plain_model
@@ -155,6 +155,26 @@ def test_a_page_of_any_kind_says_nothing_to_the_console(browser, data, tmp_path:
     KINDS[kind](own["saes"][0])
     said = look(browser, own, tmp_path)
     assert "Held-out dialogues" in said[0]
+
+
+def test_figures_without_sinks_lead_where_there_are_sinks(browser, data, run: Path, tmp_path: Path) -> None:
+    assert [one["key"] for one in data["headline"]] == list(HEADLINE)
+    for name, factor in (("one", 1.0), ("two", 0.5)):
+        shutil.copytree(run, tmp_path / "both" / name)
+        file = tmp_path / "both" / name / "report.json"
+        report = json.loads(file.read_text())
+        report["saes"][SAE] |= {"sink_share": 0.01, "mse_no_sinks": factor, "l0_no_sinks": 7.25}
+        report["saes"][SAE]["groups"]["part"]["content"]["mse"] = 0.125 * factor
+        file.write_text(json.dumps(report))
+    both = page_data(find_runs([tmp_path / "both"]), Wanted(features=4, contexts=6, build=False))
+    keys = [one["key"] for one in both["headline"]]
+    assert keys[:6] == list(NO_SINKS)
+    assert sorted(keys) == sorted(NO_SINKS | HEADLINE)
+    (said,) = look(browser, both, tmp_path, "")
+    assert said.index("Explained variance without sinks") < said.index("MSE without sinks") < said.index("MSE, all")
+    assert "7.25" in said
+    assert "0.0625" in said[said.index("MSE by part") :]
+    assert "Norm sinks are tokens longer" in said
 
 
 def test_a_page_of_two_runs_of_which_one_is_bare(browser, data, tmp_path: Path) -> None:

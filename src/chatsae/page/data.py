@@ -8,6 +8,7 @@ from typing import Any
 from chatsae.errors import UserError
 from chatsae.evals.report import Report
 from chatsae.evals.schema import FIGURES
+from chatsae.evals.tables import has_sinks, row_parts
 from chatsae.features.calibration import EXPECTED
 from chatsae.features.comparison import compare_scores
 from chatsae.features.records import VALUE_EDGES
@@ -18,6 +19,16 @@ from chatsae.page.pack import Dialogues, short
 from chatsae.runs import Run
 
 SCHEMA_VERSION = 2
+
+NO_SINKS = {
+    "explained_variance_no_sinks": "max",
+    "explained_variance": "max",
+    "mse_no_sinks": "min",
+    "mse": "min",
+    "l0_no_sinks": "",
+    "l0": "",
+}
+"""Figures that lead where there are norm sinks, each beside that of all tokens."""
 
 HEADLINE = {
     "mse": "min",
@@ -64,9 +75,11 @@ def page_data(runs: Sequence[Run], wanted: Wanted | None = None) -> dict[str, An
     """
     wanted = wanted or Wanted()
     dialogues, names = Dialogues(), _run_names(runs)
+    files = [run.path / "report.json" for run in runs]
+    reports = [Report.load(file) if file.is_file() else None for file in files]
+    headline = _headline(reports)
     views, saes = [], []
-    for number, run in enumerate(runs):
-        report = Report.load(run.path / "report.json") if (run.path / "report.json").is_file() else None
+    for number, (run, report) in enumerate(zip(runs, reports, strict=True)):
         there = [path.name for path in run.sae_directories()]
         if lacking := [name for name in wanted.saes if name not in there]:
             raise UserError(f"run {run.path} has no SAE {lacking[0]!r}; it has {', '.join(there)}")
@@ -74,13 +87,18 @@ def page_data(runs: Sequence[Run], wanted: Wanted | None = None) -> dict[str, An
         views.append(_run_view(run, names[number], report, wanted))
         shown = explored(run, chosen, wanted, dialogues)
         for name in there:
-            view = {"run": number, "name": name, "identity": sae_identity(run, name), **_figures(report, name)}
+            view = {
+                "run": number,
+                "name": name,
+                "identity": sae_identity(run, name),
+                **_figures(report, name, headline),
+            }
             saes.append(view | shown.get(name, unexplored(run, name)))
     found = {
         "schema_version": SCHEMA_VERSION,
         "chatsae": metadata.version("chatsae"),
         "command": _command(runs, wanted),
-        "headline": [{"key": key, "best": best, "what": FIGURES[key]} for key, best in HEADLINE.items()],
+        "headline": [{"key": key, "best": best, "what": FIGURES[key]} for key, best in headline.items()],
         "value_edges": [short(edge) for edge in VALUE_EDGES],
         "rubric": {str(n): {str(k): v for k, v in scores.items()} for n, scores in EXPECTED.items()},
         "runs": views,
@@ -118,21 +136,31 @@ def _renamed(value: Any, folders: Mapping[str, str]) -> Any:
     return [_renamed(one, folders) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _figures(report: Report | None, name: str) -> dict[str, Any]:
+def _headline(reports: Sequence[Report | None]) -> dict[str, str]:
+    """The figures that are shown, in their order, and which end of each is better."""
+    rows = [row for report in reports if report is not None for row in report.rows.values()]
+    return NO_SINKS | HEADLINE if has_sinks(rows) else HEADLINE
+
+
+def _figures(report: Report | None, name: str, headline: Mapping[str, str]) -> dict[str, Any]:
     row = None if report is None else report.rows.get(name)
     if row is None:
-        return {"figures": None, "gsnr": None}
+        return {"figures": None, "mse_by_part": None, "gsnr": None}
     intervals, reasons = row.get("intervals", {}), row.get("reasons", {})
     figures = {}
-    for key in HEADLINE:
+    for key in headline:
         value, between = row.get(key), intervals.get(key)
         figures[key] = {
             "value": None if value is None else short(value),
             "interval": None if between is None else [short(edge) for edge in between],
             "reason": reasons.get(key),
         }
-    gsnr = row.get("gsnr")
-    return {"figures": figures, "gsnr": None if gsnr is None else gsnr.get("value")}
+    gsnr, parts = row.get("gsnr"), {part: None if mse is None else short(mse) for part, mse in row_parts(row).items()}
+    return {
+        "figures": figures,
+        "mse_by_part": parts if any(mse is not None for mse in parts.values()) else None,
+        "gsnr": None if gsnr is None else gsnr.get("value"),
+    }
 
 
 def _run_view(run: Run, name: str, report: Report | None, wanted: Wanted) -> dict[str, Any]:

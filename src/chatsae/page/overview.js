@@ -8,6 +8,7 @@ function styled(runs) {
 }
 const peers = (data, sae) => data.saes.filter((other) => other.name === sae.name);
 const FIGURE_TEXT = {
+  explained_variance_no_sinks: "Explained variance without sinks", mse_no_sinks: "MSE without sinks, mean over tokens", l0_no_sinks: "L0 without sinks",
   mse: "MSE, all tokens", mse_st: "MSE, special tokens by id", mse_st_template: "MSE, special tokens by template",
   mse_st_no_prefix: "MSE, special tokens beyond the prefix", explained_variance: "Explained variance", l0: "L0, active features per token",
   dead_fraction: "Dead features", dense_10pct: "Features on more than 10 % of tokens", duplicate_fraction: "Duplicate features",
@@ -66,7 +67,25 @@ function metricsPanel(data, sae) {
   const methods = [...new Set(all.map((one) => METHOD_TEXT[runOf(data, one).method]).filter(Boolean))];
   const note = `${methods.length > 1 ? `Trained on: ${methods.join("; ")}. Measured on: ` : ""}${plural(on.n_dialogues, "held-out dialogue")}, each fed whole; in brackets 95 % intervals. ` +
     (all.length > 1 ? (alike ? "All on the same dialogues; bold is the best value, whether or not the intervals overlap. More active features leave less error, so read errors beside L0." : "The runs were evaluated on different dialogues: the figures cannot be compared.") : "");
-  return wideAs(panel("Held-out dialogues", note, table(head, rows, { class: "metrics" })), "wide");
+  const sinks = data.headline.some(({ key }) => key === "mse_no_sinks") ? " Norm sinks are tokens longer than ten times the median; they can hold nearly all of the squared norm, so the figures without them come first." : "";
+  return wideAs(panel("Held-out dialogues", note + sinks, table(head, rows, { class: "metrics" }), partsTable(data, all)), "wide");
+}
+
+const PART_TEXT = { position_0: "position 0", constant_prefix: "constant prefix", template: "template beyond it", content: "content" };
+
+function partsTable(data, all) {
+  const known = all.filter((one) => one.mse_by_part), parts = Object.keys(PART_TEXT);
+  if (!known.length) return null;
+  const least = (part) => Math.min(...known.map((one) => one.mse_by_part[part]).filter((v) => v !== null));
+  const cell = (one, part) => {
+    const value = one.mse_by_part[part];
+    return h("span", { class: known.length > 1 && value === least(part) ? "best" : null }, value === null ? "–" : num(value));
+  };
+  const rows = known.map((one) => [h("span", { class: `method s${runOf(data, one).style}` }, runOf(data, one).name), ...parts.map((part) => cell(one, part))]);
+  return [
+    h("h3", { title: "Eq. 7 of the paper: mean over the tokens of a dialogue that are in the part, then over dialogues" }, "MSE by part, eq. 7"),
+    table(["", ...parts.map((part) => PART_TEXT[part])], rows, { class: "figures" }),
+  ];
 }
 
 const LACKS_SAMPLE = "Norms and errors of single tokens have not been measured.";
