@@ -1,33 +1,16 @@
 """What the tables of `chatsae eval` and `chatsae compare` lead with, and their errors by part."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from chatsae.batch import PARTS, Dialogue, Message
+from chatsae.batch import PARTS
 from chatsae.evals.evaluate import evaluate
 from chatsae.evals.report import Comparison, Report
 from chatsae.evals.tables import COLUMNS, NO_SINKS, columns, parts_table, row_parts
-from chatsae.lm.load import LanguageModel
 from sae_samples import constant_sae
-from tiny_models import tiny_model, tiny_tokenizer
-
-SAID = [
-    Dialogue(str(i), "t", (Message("user", f"What is {w}?"), Message("assistant", "No.")))
-    for i, w in enumerate(("one", "two q", "three"))
-]
-"""The second holds a q, which `with_sinks` makes a sink of."""
-
-
-def with_sinks(folder: Path, layers: list[int]) -> LanguageModel:
-    """A model in which the letter q is far longer than any other token."""
-    lm = LanguageModel(tiny_tokenizer(tiny_model(folder)), layers, head=True)
-    with torch.no_grad():
-        weight = lm.model.get_input_embeddings().weight
-        weight[lm.tokenizer.convert_tokens_to_ids("q")] = 1000 * weight.norm(dim=1).mean() / weight.shape[1] ** 0.5
-    return lm
+from sink_samples import SAID, with_sinks
 
 
 def cells(text: str, name: str) -> list[str]:

@@ -164,6 +164,7 @@ def test_figures_without_sinks_lead_where_there_are_sinks(browser, data, run: Pa
         file = tmp_path / "both" / name / "report.json"
         report = json.loads(file.read_text())
         report["saes"][SAE] |= {"sink_share": 0.01, "mse_no_sinks": factor, "l0_no_sinks": 7.25}
+        report["facts"]["sinks_pass"] = {"1": 10.0}
         report["saes"][SAE]["groups"]["part"]["content"]["mse"] = 0.125 * factor
         file.write_text(json.dumps(report))
     both = page_data(find_runs([tmp_path / "both"]), Wanted(features=4, contexts=6, build=False))
@@ -175,6 +176,7 @@ def test_figures_without_sinks_lead_where_there_are_sinks(browser, data, run: Pa
     assert "7.25" in said
     assert "0.0625" in said[said.index("MSE by part") :]
     assert "Norm sinks are tokens longer" in said
+    assert "norm sinks keep the model's own activation" in said
 
 
 def test_a_page_of_two_runs_of_which_one_is_bare(browser, data, tmp_path: Path) -> None:

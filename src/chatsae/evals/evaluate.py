@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from chatsae import console
-from chatsae.batch import Dialogue, Role, TokenBatch, first, head
+from chatsae.batch import ActivationBatch, Dialogue, Role, TokenBatch, first, head
 from chatsae.data.render import render
 from chatsae.data.template import template_facts
 from chatsae.errors import UserError
@@ -29,9 +29,11 @@ from chatsae.files import shared_name
 from chatsae.lm.forward import broken_sequences, check_tokens
 from chatsae.lm.harvest import isolation_error, plan
 from chatsae.lm.load import LanguageModel
+from chatsae.lm.norms import LayerNorms, measure_norms, sinks
 from chatsae.sae.base import SAE
 
 _BUDGET = 4096  # padded tokens of one forward, where nobody says
+_NORM_TOKENS = 16_384  # that norms are measured on, where no run has them
 _LOGITS = 2**27  # logits of one forward, where the head cannot be run apart: half a gigabyte in float32
 
 
@@ -48,6 +50,7 @@ def evaluate(
     seed: int = 0,
     shortcuts: bool = True,
     gsnr: bool = True,
+    sinks_pass: bool = False,
 ) -> Report:
     """The metrics of `evaluate_tokens` on the first `limit` dialogues, each cut at `max_length` tokens.
 
@@ -66,6 +69,7 @@ def evaluate(
         seed=seed,
         shortcuts=shortcuts,
         gsnr=gsnr,
+        sinks_pass=sinks_pass,
     )
 
 
@@ -83,14 +87,18 @@ def evaluate_tokens(
     shortcuts: bool = True,
     gsnr: bool = True,
     controls: Controls | None = None,
+    sinks_pass: bool = False,
+    norms: Sequence[LayerNorms] = (),
 ) -> Report:
     """Every figure of `chatsae.evals.schema` for every SAE, by group, with 95 % intervals over dialogues.
 
     The model runs once as it is, for all layers, and once more per SAE from its layer on, with the reconstruction in
     place of the residual stream. Ablations, the same for all SAEs of a layer, take one sequence. `shortcuts` False
     runs the model whole each time. `resamples` and `seed` are those of the bootstrap. `gsnr` is measured on a random
-    sample of the tokens. `controls`, made for the L0 of each SAE, take a second pass. No figure depends on the order
-    of the dialogues or, but for rounding in the model, on `token_budget`.
+    sample of the tokens. `controls`, made for the L0 of each SAE, take a second pass. With `sinks_pass` norm sinks keep
+    the model's own activation where a reconstruction is put in place of the residual stream; their bounds are those of
+    `norms`, or for layers without any are measured on the dialogues (`_norms`). No figure depends on the order of the
+    dialogues or, but for rounding in the model, on `token_budget`.
 
     Raises:
         UserError: there is no dialogue to evaluate on, the model cannot take one, an SAE is of another width or layer,
@@ -102,24 +110,23 @@ def evaluate_tokens(
     check_tokens(full, dialogues)
     dialogues, keys = _sorted(dialogues)
     trunk = Trunk(full, sorted({sae.spec.layer for sae in saes.values()}), shortcuts=shortcuts)
-    budget = token_budget or _BUDGET
-    if not trunk.headless:
-        budget = min(budget, _LOGITS // full.vocab_size)
-    if not lm.layers or isolation_error(lm) > tolerance(lm.dtype):
-        budget = 1  # one dialogue at a time
+    budget = _budget(lm, trunk, token_budget or _BUDGET)
     batches = plan(dialogues.lengths.tolist(), token_budget=budget, split=full.rope_split)
     special_ids = template_facts(lm.tokenizer).special_ids
     drawn = TokenSample(dialogues, sample.TOKENS) if gsnr or controls else None
-    done = _Pass(saes, trunk, dialogues, special_ids, drawn)
+    passing = _norms(trunk, dialogues, budget, norms) if sinks_pass else {}
+    done = _Pass(saes, trunk, dialogues, special_ids, drawn, passing)
     rows, tables = done.run(batches)
-    report = Report(rows=rows, facts=_facts(lm, len(dialogues), max_length, digest))
+    report = Report(rows=rows, facts=_facts(lm, len(dialogues), max_length, digest, passing))
     if gsnr and drawn is not None:
         report = report.with_figures(_gsnr(saes, drawn))
     if controls is not None and drawn is not None:
         acts = {layer: drawn.acts(layer) for layer in trunk.layers}
         made = controls.make(saes, {name: row["l0"] for name, row in report.rows.items()}, acts)
         others = {name: sae for name, (sae, _) in made.items()}
-        more, more_tables = _Pass(others, trunk, dialogues, special_ids, None).run(batches, "evaluate controls")
+        more, more_tables = _Pass(others, trunk, dialogues, special_ids, None, passing).run(
+            batches, "evaluate controls"
+        )
         for name, row in more.items():
             reasons = row["reasons"] | {"gsnr": "a control is not trained"}
             report.rows[name] = row | {"control": made[name][1], "reasons": reasons}
@@ -137,6 +144,7 @@ class _Pass:
     dialogues: TokenBatch
     special_ids: tuple[int, ...]
     sample: TokenSample | None
+    norms: Mapping[int, LayerNorms]  # of the layers whose sinks keep the model's activation
     streams: dict[int, Stream] = field(init=False)
     sums: dict[str, Reconstruction] = field(init=False)
     _order: list[int] = field(default_factory=list)  # of the dialogues, as they were added
@@ -207,6 +215,7 @@ class _Pass:
         _check_finite(x, layer, batch.tokens)
         exact = x.double()
         where = self.streams[layer].add(exact, batch)
+        passing = sinks(x[None].float(), [self.norms[layer]])[0] if self.norms else None
         for name, sae in self.saes.items():
             if sae.spec.layer != layer:
                 continue
@@ -222,8 +231,8 @@ class _Pass:
             self._put(name, "mse", errors[:, NAMES.index((WHOLE, ""))])
             for variant in VARIANTS:
                 self._put(name, variant, errors[:, NAMES.index((SPECIAL, variant))])
-            spliced = residual.clone()
-            spliced[real] = sae_out.to(residual.dtype)
+            spliced, put = residual.clone(), sae_out.to(residual.dtype)
+            spliced[real] = put if passing is None else torch.where(passing[:, None], x, put)
             states[name] = self.trunk.spliced(layer, spliced, ids)[scored]
 
     def _put(self, name: str, column: str, values: Float[Tensor, " B"]) -> None:
@@ -254,9 +263,40 @@ class _Pass:
         return found
 
 
-def _facts(lm: LanguageModel, n_dialogues: int, max_length: int, digest: str) -> dict[str, Any]:
+def _facts(
+    lm: LanguageModel, n_dialogues: int, max_length: int, digest: str, passing: Mapping[int, LayerNorms]
+) -> dict[str, Any]:
     facts = {"model": lm.label, "n_dialogues": n_dialogues, "max_length": max_length, "tokens_sha256": digest}
-    return facts | ({} if lm.random_weights is None else {"random_weights": lm.random_weights})
+    random = {} if lm.random_weights is None else {"random_weights": lm.random_weights}
+    bounds = {"sinks_pass": {str(layer): one.bound for layer, one in passing.items()}} if passing else {}
+    return facts | random | bounds
+
+
+def _budget(lm: LanguageModel, trunk: Trunk, budget: int) -> int:
+    """Padded tokens of one forward: less where it makes logits, one dialogue where several are not kept apart."""
+    if not lm.layers or isolation_error(lm) > tolerance(lm.dtype):
+        return 1
+    return budget if trunk.headless else min(budget, _LOGITS // trunk.full.vocab_size)
+
+
+def _norms(trunk: Trunk, dialogues: TokenBatch, budget: int, known: Sequence[LayerNorms]) -> dict[int, LayerNorms]:
+    """Norms by layer: those known, or else of the first dialogues in their order, up to `_NORM_TOKENS` tokens."""
+    found = {one.layer: one for one in known}
+    if set(trunk.layers) <= set(found):
+        return {layer: found[layer] for layer in trunk.layers}
+    few = dialogues.select(range(int((dialogues.cu_seqlens[:-1] < _NORM_TOKENS).sum())))
+
+    def batches() -> Iterator[ActivationBatch]:
+        for chosen in plan(few.lengths.tolist(), token_budget=budget, split=trunk.full.rope_split):
+            tokens = few.select(chosen)
+            _, residuals = trunk.clean(tokens.padded().to(trunk.full.device))
+            acts = [residuals[layer].cpu()[_real(tokens)].float() for layer in trunk.layers]
+            for layer, x in zip(trunk.layers, acts, strict=True):
+                _check_finite(x, layer, tokens)
+            yield ActivationBatch(torch.stack(acts), tokens)
+
+    measured = {one.layer: one for one in measure_norms(batches(), trunk.layers)}
+    return {layer: found.get(layer, measured[layer]) for layer in trunk.layers}
 
 
 def _gsnr(saes: Mapping[str, SAE], drawn: TokenSample) -> dict[str, dict[str, Any]]:

@@ -218,15 +218,16 @@ def load_reports(runs: Sequence[Run]) -> list[tuple[Run, Report]]:
     for run, report in reports[1:]:
         if _on(report) != _on(reports[0][1]):
             raise UserError(
-                f"{run.path} was evaluated on other dialogues than {reports[0][0].path} "
+                f"{run.path} was evaluated on other dialogues, or otherwise, than {reports[0][0].path} "
                 f"({report.facts} against {facts}); evaluate both alike first"
             )
     return reports
 
 
 def _on(report: Report) -> dict[str, Any]:
-    """The model and the dialogues of a report."""
+    """The model and the dialogues of a report, and whether sinks pass; their bounds may be those of each run."""
     own = {key: value for key, value in report.facts.items() if key not in _OWN_FACTS}
+    own["sinks_pass"] = "sinks_pass" in own
     return own | {"model": shared_name(str(own.get("model")))}  # an older one has its path
 
 

@@ -126,6 +126,11 @@ def report_schema() -> dict[str, Any]:
         "random_weights": {"type": "integer", "description": "seed of the model's random weights, where it has them"},
         "sources": text | {"description": "corpora evaluated on, where they are not those of training"},
         "overlap": count | {"description": "dialogues of these that were read for training, and were allowed"},
+        "sinks_pass": {
+            "type": "object",
+            "description": "where sinks kept the model's activation with SAEs spliced in: the norm of a sink, by layer",
+            "additionalProperties": {"type": "number"},
+        },
     }
     whole = {
         "schema": {"const": VERSION},

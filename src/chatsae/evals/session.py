@@ -14,6 +14,7 @@ from chatsae.evals.evaluate import evaluate_tokens
 from chatsae.evals.held_out import HeldOut, fit_tokens, held_out
 from chatsae.evals.report import Report
 from chatsae.lm.load import LanguageModel, load_model
+from chatsae.lm.norms import read_norms
 from chatsae.run_model import trained_model
 from chatsae.runs import Run
 from chatsae.sae.base import SAE
@@ -26,8 +27,11 @@ def evaluate_runs(
     sources: Sequence[str] = (),
     allow_overlap: bool = False,
     controls: Sequence[Control] = (),
+    sinks_pass: bool = False,
 ) -> dict[Path, Report]:
     """`evaluate_run` for the run in a directory, or for every run below it (a demo, say).
+
+    With `sinks_pass` norm sinks keep the model's activation where an SAE is spliced in (`evaluate_tokens`).
 
     Raises:
         UserError: see `evaluate_run`; or there is no run.
@@ -54,7 +58,7 @@ def evaluate_runs(
             for reason, n in tally.most_common():
                 console.say(f"{n:,} × {reason}")
         known = alike, data
-        reports[run.path] = _evaluate(run, saes, model[1], data, limit, controls)
+        reports[run.path] = _evaluate(run, saes, model[1], data, limit, controls, sinks_pass)
     return reports
 
 
@@ -69,9 +73,16 @@ def evaluate_run(path: Path, *, dialogues: int | None = None) -> Report:
 
 
 def _evaluate(
-    run: Run, saes: dict[str, SAE], lm: LanguageModel, data: HeldOut, limit: int, controls: Sequence[Control]
+    run: Run,
+    saes: dict[str, SAE],
+    lm: LanguageModel,
+    data: HeldOut,
+    limit: int,
+    controls: Sequence[Control],
+    sinks_pass: bool,
 ) -> Report:
     """`controls` add rows for random directions or principal components with the L0 of each SAE."""
+    norms = run.path / "norms.json"
     for sae in saes.values():
         sae.to(lm.device)
     report = evaluate_tokens(
@@ -82,6 +93,8 @@ def _evaluate(
         max_length=run.config.data.max_length,
         token_budget=run.config.harvest.token_budget,
         controls=_controls(run, lm, controls) if controls else None,
+        sinks_pass=sinks_pass,
+        norms=read_norms(norms) if sinks_pass and norms.is_file() else (),
     )
     report.facts.update(data.facts)
     report.save(run.path / "report.json")

@@ -55,8 +55,10 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> tuple[Column, ...]:
 
 def caption(facts: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """What the rows were measured on, and what sinks are where there are any."""
-    shown = {k: v for k, v in facts.items() if k != "tokens_sha256"}
+    shown = {k: v for k, v in facts.items() if k not in ("tokens_sha256", "sinks_pass")}
     text = ", ".join(f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in shown.items())
+    if "sinks_pass" in facts:
+        text += "\nwhere an SAE is spliced in, sinks keep the model's own activation (--sinks-pass)"
     if not has_sinks(rows):
         return text
     most = max(rows, key=lambda row: row.get("sink_share") or 0.0)

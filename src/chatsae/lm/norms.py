@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from chatsae.batch import PARTS, ActivationBatch
 from chatsae.errors import UserError
+from chatsae.files import read_object
 
 SINK_RATIO = 10.0
 """A sink is a token whose activation is this many times longer than the median."""
@@ -72,6 +74,15 @@ class LayerNorms:
             return LayerNorms(**(facts | {"places": places, "by_position": tuple(facts["by_position"])}))
         except (KeyError, TypeError) as error:
             raise UserError(f"norms of a layer are damaged: {error}") from None
+
+
+def read_norms(path: Path, advice: str = "") -> list[LayerNorms]:
+    """The norms that a run keeps (RUN/norms.json).
+
+    Raises:
+        UserError: the file is damaged; `advice` says what to do.
+    """
+    return [LayerNorms.of(one) for one in read_object(path, advice, {"layers": list})["layers"]]
 
 
 def measure_norms(batches: Iterable[ActivationBatch], layers: Sequence[int]) -> list[LayerNorms]:

@@ -42,6 +42,7 @@ function identityPanel(data, sae) {
   const run = runOf(data, sae), on = run.evaluated;
   const rows = [...sae.identity, ...(sae.store ? [["d_sae", num(sae.store.d_sae)]] : []), ...run.identity];
   if (on) rows.push(["Evaluated on", `${plural(on.n_dialogues, "held-out dialogue")}${on.sources ? ` of ${on.sources}` : ""}`], ["Evaluation tokens", `sha256 ${on.tokens_sha256.slice(0, 12)}…`]);
+  if (on?.sinks_pass) rows.push(["SAE in the model", "norm sinks keep the model's own activation"]);
   if (sae.store) rows.push(["Interpreted on", `${plural(sae.store.n_dialogues, "other dialogue")}, ${plural(sae.store.n_tokens, "token")}`], ["Weights", `sha256 ${sae.store.sae_sha256.slice(0, 12)}…`]);
   return panel("Identity", null, h("dl", { class: "facts" }, rows.map(([label, value]) => [h("dt", null, label), h("dd", null, value)])));
 }

@@ -18,7 +18,7 @@ from chatsae.errors import UserError
 from chatsae.files import read_object, shared_names, with_checksum, write_json
 from chatsae.lm.forward import check_block
 from chatsae.lm.load import LanguageModel, load_model
-from chatsae.lm.norms import LayerNorms, norms_sentence
+from chatsae.lm.norms import LayerNorms, norms_sentence, read_norms
 from chatsae.run_model import remember_model
 from chatsae.runs import Checkpoint, Run
 from chatsae.sae.grid import build_grid, check_fits
@@ -177,8 +177,7 @@ class _Norms:
         self.units: dict[int, Unit] = {}
         changes = (run.config.train.sinks, run.config.sae.normalize) != ("keep", "none")
         if resumes and (changes or self._path.exists()):
-            facts = read_object(self._path, "delete the run directory to begin again", {"layers": list})
-            self.known = [LayerNorms.of(one) for one in facts["layers"]]
+            self.known = read_norms(self._path, "delete the run directory to begin again")
             self._measure_in(self.known)
 
     def take(self, found: list[LayerNorms]) -> None:
