@@ -105,3 +105,10 @@ def test_the_verdict_follows_the_numbers():
     assert "fast is best for a (bt-p 2.00 times that, bt-f 3.00 times that)" in special
     assert "bt-f is best for a (fast 2.00 times that, bt-p 4.00 times that)" in overall
     assert "l0 (a fast 30, bt-f 40, bt-p 50)" in overall
+    without = {"sink_share": 0.01, "mse_st_no_first": 1.0, "mse_no_sinks": 2.0, "l0_no_sinks": 20}
+    rows = [row | without for row in rows[:2]]
+    rows[1]["mse_no_sinks"] = 1.0
+    special, overall = verdict(rows).splitlines()
+    assert special.startswith("Error on special tokens beyond position 0 (mse_st_no_first): fast is best for a")
+    assert "all tokens but sinks (mse_no_sinks): bt-f is best for a (fast 2.00 times that)" in overall
+    assert "l0 (a fast 20, bt-f 20)" in overall

@@ -110,10 +110,10 @@ class Eval(Flags):
     control: tuple[Literal["random-sae", "pca"], ...] = ()
     """Also judge what an SAE has to beat, at its L0: random directions, principal components. A model with random
     weights is a run of its own: chatsae train RECIPE --model.random-weights SEED."""
-    sinks_pass: bool = False
+    sinks_pass: bool | None = None
     """Where an SAE is spliced in, let norm sinks keep the model's own activation, so that Delta Loss, KL and CE
-    recovered tell what it does to the other tokens. Sinks are longer than ten medians of their layer (RUN/norms.json,
-    or measured on the dialogues)."""
+    recovered tell what it does to the other tokens; by default where train.sinks of the run left them out or shortened
+    them. Sinks are longer than ten medians of their layer (RUN/norms.json, or measured on the dialogues)."""
     json: bool = False
     """Print report.json on stdout in place of the table (of several runs, by their path)."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from chatsae import console
 from chatsae.config import Method, RunConfig
 from chatsae.evals.report import Comparison, compare
+from chatsae.evals.tables import has_sinks
 from chatsae.features.judging import read_judgements
 from chatsae.features.store import FeatureStore
 from chatsae.lm.gguf import fetch
@@ -23,7 +24,7 @@ from chatsae.sweep import complete
 
 RECIPE = Path(__file__).with_name("recipe.yaml")
 REAL = Path(__file__).with_name("smollm2.yaml")
-REAL_WANTED = Wanted(features=128, dialogues=60)
+REAL_WANTED = Wanted(features=128, dialogues=40)
 PROMPTS = ("Tell me about the weather today.",)
 _GOOD = 4
 METHODS: tuple[Method, ...] = ("bt-p", "bt-f", "fast")
@@ -45,7 +46,7 @@ def demo(out: Path, recipe: Path | None = None, wanted: Wanted | None = None) ->
         complete(for_method(config, method), out / method)
     comparison = compare([Run.read(out / method) for method in METHODS])
     comparison.save(out / "compare.json")
-    console.result(comparison.table())
+    console.result(comparison.text())
     console.result(verdict(comparison.rows))
     console.say("What the features respond to, and their scores:")
     page = report([out / method for method in METHODS], out / "report.html", wanted)
@@ -97,16 +98,21 @@ def for_method(config: RunConfig, method: Method) -> RunConfig:
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
-    """Two sentences on what the table shows, computed from it, whichever way it falls."""
+    """Two sentences on what the table shows, computed from it, whichever way it falls; without sinks, if there are."""
     groups: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["SAE"], {})[row["method"]] = row
-    special = "; ".join(_ranking(name, group, "mse_st") for name, group in groups.items())
-    overall = "; ".join(_ranking(name, group, "mse") for name, group in groups.items())
-    l0 = "; ".join(f"{name} {_l0(group)}" for name, group in groups.items())
+    special, overall, active = ("mse_st", "mse", "l0")
+    tokens = "special tokens", "all tokens"
+    if has_sinks(rows):
+        special, overall, active = ("mse_st_no_first", "mse_no_sinks", "l0_no_sinks")
+        tokens = "special tokens beyond position 0", "all tokens but sinks"
+    rankings = ["; ".join(_ranking(name, one, figure) for name, one in groups.items()) for figure in (special, overall)]
+    l0 = "; ".join(f"{name} {_l0(group, active)}" for name, group in groups.items())
     return (
-        f"Error on special tokens (mse_st): {special}.\n"
-        f"Error on all tokens (mse): {overall}; more active features leave less error, so read it beside l0 ({l0})."
+        f"Error on {tokens[0]} ({special}): {rankings[0]}.\n"
+        f"Error on {tokens[1]} ({overall}): {rankings[1]}; more active features leave less error, so read it beside l0 "
+        f"({l0})."
     )
 
 
@@ -117,8 +123,8 @@ def _ranking(name: str, group: dict[str, dict[str, Any]], metric: str) -> str:
     return f"{best} is best for {name} ({', '.join(ratios)})"
 
 
-def _l0(group: dict[str, dict[str, Any]]) -> str:
-    return ", ".join(f"{method} {row['l0']:.0f}" for method, row in group.items())
+def _l0(group: dict[str, dict[str, Any]], figure: str) -> str:
+    return ", ".join(f"{method} {row[figure]:.0f}" for method, row in group.items())
 
 
 def _plan(config: RunConfig) -> str:

@@ -27,11 +27,12 @@ def evaluate_runs(
     sources: Sequence[str] = (),
     allow_overlap: bool = False,
     controls: Sequence[Control] = (),
-    sinks_pass: bool = False,
+    sinks_pass: bool | None = None,
 ) -> dict[Path, Report]:
     """`evaluate_run` for the run in a directory, or for every run below it (a demo, say).
 
-    With `sinks_pass` norm sinks keep the model's activation where an SAE is spliced in (`evaluate_tokens`).
+    With `sinks_pass`, by default of runs that were not trained on sinks as they are, norm sinks keep the model's
+    activation where an SAE is spliced in (`evaluate_tokens`).
 
     Raises:
         UserError: see `evaluate_run`; or there is no run.
@@ -58,7 +59,8 @@ def evaluate_runs(
             for reason, n in tally.most_common():
                 console.say(f"{n:,} × {reason}")
         known = alike, data
-        reports[run.path] = _evaluate(run, saes, model[1], data, limit, controls, sinks_pass)
+        passing = run.config.train.sinks != "keep" if sinks_pass is None else sinks_pass
+        reports[run.path] = _evaluate(run, saes, model[1], data, limit, controls, passing)
     return reports
 
 
