@@ -178,7 +178,7 @@ def test_the_command_prints_what_it_writes(world: Path, tmp_path: Path, capsys: 
     assert capsys.readouterr().out.count("Held-out dialogues") == 2
 
     known = json.loads((one / "norms.json").read_text())["layers"]
-    assert main(["eval", str(one), "--dialogues", "4", "--sinks-pass", "--json"]) == 0
+    assert main(["eval", str(one), "--dialogues", "4", "--sinks-pass", "yes", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     check(printed, report_schema())
     assert printed["facts"]["sinks_pass"] == {str(norms["layer"]): 10 * norms["median"] for norms in known}

@@ -1,4 +1,4 @@
-"""`chatsae eval --sinks-pass`: norm sinks keep the model's activation where an SAE is spliced in."""
+"""`chatsae eval --sinks-pass yes`: norm sinks keep the model's activation where an SAE is spliced in."""
 
 import json
 from dataclasses import replace

@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import httpx
 import pytest
 
 from chatsae.batch import Dialogue, Kind, Message, Role
@@ -15,6 +14,8 @@ from chatsae.lm.gguf import PRESETS, _fetched
 from chatsae.lm.load import LanguageModel
 from chatsae.serve.model import Served
 from serve_process import PATIENCE, Inside
+
+httpx = pytest.importorskip("httpx2")
 
 pytestmark = [
     pytest.mark.real,

@@ -110,9 +110,9 @@ class Eval(Flags):
     control: tuple[Literal["random-sae", "pca"], ...] = ()
     """Also judge what an SAE has to beat, at its L0: random directions, principal components. A model with random
     weights is a run of its own: chatsae train RECIPE --model.random-weights SEED."""
-    sinks_pass: bool | None = None
+    sinks_pass: Literal["auto", "yes", "no"] = "auto"
     """Where an SAE is spliced in, let norm sinks keep the model's own activation, so that Delta Loss, KL and CE
-    recovered tell what it does to the other tokens; by default where train.sinks of the run left them out or shortened
+    recovered tell what it does to the other tokens; auto: where train.sinks of the run left them out or shortened
     them. Sinks are longer than ten medians of their layer (RUN/norms.json, or measured on the dialogues)."""
     json: bool = False
     """Print report.json on stdout in place of the table (of several runs, by their path)."""
@@ -126,7 +126,7 @@ class Eval(Flags):
             sources=self.sources,
             allow_overlap=self.allow_overlap,
             controls=self.control,
-            sinks_pass=self.sinks_pass,
+            sinks_pass={"auto": None, "yes": True, "no": False}[self.sinks_pass],
         )
         if list(reports) == [self.run]:
             report = reports[self.run]
