@@ -19,6 +19,7 @@ httpx = pytest.importorskip("httpx2")
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.slow,
     pytest.mark.skipif(not _fetched(PRESETS["smollm2"]).is_file(), reason="no SmolLM2 here: chatsae fetch smollm2"),
 ]
 LAYER = 13
@@ -80,7 +81,7 @@ def test_evaluation_shows_the_sink_apart(run: Path) -> None:
     parts = row["groups"]["part"]
     assert parts["position_0"]["mse_token"] > 100 * parts["content"]["mse_token"]
     assert row["sink_norm_share"] > 0.9
-    assert 0.3 < row["explained_variance_no_sinks"] < 1
+    assert row["explained_variance"] < 0 < row["explained_variance_no_sinks"] < 1  # 5,000 tokens teach it a little
 
 
 def test_special_tokens_have_features_and_steering_acts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +97,7 @@ def test_special_tokens_have_features_and_steering_acts(run: Path, capsys: pytes
 
 
 def test_a_feature_is_scored(run: Path) -> None:
-    few = ["--dialogues", "12", "--features", "16"]
+    few = ["--dialogues", "40", "--features", "16"]
     assert main(["judge", str(run), "--judge", "pattern", *few]) == 0
     best = best_feature(run)
     assert best is None or best[0] == "L13-4x-standard"
